@@ -1,0 +1,318 @@
+"""Train-only transforms of whole batches, on the batch's device, for an unchanged module."""
+
+import dataclasses
+import hashlib
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Generator, Tensor
+
+from lightning_tricks.functional.checks import check_count, message
+from lightning_tricks.labels import WAYS_OUT, MixedLabels, soft_targets
+from lightning_tricks.loggers import log_settings
+from lightning_tricks.transforms import Transform
+
+_HOOK = "on_after_batch_transfer"
+
+
+class BatchTransforms(Callback):
+    """Transform each training batch, after it has reached its device and before `training_step` sees it.
+
+        images, labels = transform(images, labels, generator)     for each transform, in order
+
+    Nothing happens in validation, the sanity check, `test` or `predict`. The batch that the loader gave is left as it
+    is. Integer labels become `MixedLabels` where a transform mixes or smooths them: the module's own cross-entropy
+    computes the right loss of them, and its metrics see the dominant label of each sample.
+
+    A batch's draws are a function of (seed, rank, epoch, batch index): every rank and epoch differs, a resumed run
+    draws what the run it continues would have drawn, and torch's global generator is untouched.
+
+    Args:
+        transforms: callables `(images, labels, generator=None, inplace=False) -> (images, labels)`, as `Mixup(0.2)`.
+        images: index or key of the images (N, C, H, W) in the batch.
+        labels: index or key of the labels (N, ...); None leaves the batch's labels alone, for transforms of images.
+        seed: any int of at least 0; None takes that of `seed_everything`, else a random one that all ranks share. A
+            resumed run goes on with the first run's seed.
+        targets: "mixed" for `MixedLabels`; "soft" for dense (N, K) probabilities, for a loss that knows no MixedLabels.
+        num_classes: number of classes K, for targets="soft".
+    Raises:
+        TypeError: no transforms, a `training_step` that takes a `dataloader_iter`, or a batch without images and labels
+            where they should be.
+        ValueError: an argument out of range, or labels that are not as many as the images.
+        RuntimeError: in a step with a loss, mixed labels that no loss used which knows them.
+    Example:
+        >>> import lightning as L
+        >>> from lightning_tricks import BatchTransforms, Cutout, LabelSmoothing, Mixup
+        >>> tricks = BatchTransforms([Cutout(8), Mixup(0.2), LabelSmoothing(0.1)])
+        >>> trainer = L.Trainer(callbacks=[tricks], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        transforms: list[Transform],
+        images: int | str = 0,
+        labels: int | str | None = 1,
+        seed: int | None = None,
+        targets: Literal["mixed", "soft"] = "mixed",
+        num_classes: int | None = None,
+    ) -> None:
+        owner = "BatchTransforms"
+        chosen = list(transforms) if isinstance(transforms, (list, tuple)) else []
+        if not chosen or not all(callable(transform) and not isinstance(transform, type) for transform in chosen):
+            fix = "Give at least one, as in [Mixup(0.2)]"
+            raise TypeError(message(owner, "transforms", "a list of transforms", transforms, fix))
+        for name, where in (("images", images), ("labels", labels)):
+            if isinstance(where, bool) or (
+                not isinstance(where, (int, str)) and not (name == "labels" and where is None)
+            ):
+                fix = "Say where they are in a batch, as 0 or 'image'"
+                raise TypeError(message(owner, name, "an index or a key", where, fix))
+        if seed is not None:
+            check_count(owner, "seed", seed, 0, "seed", "None takes that of seed_everything")
+        if targets not in ("mixed", "soft"):
+            fix = "'soft' is for a loss that knows no MixedLabels"
+            raise ValueError(message(owner, "targets", "'mixed' or 'soft'", targets, fix))
+        if targets == "soft" and num_classes is None:
+            fix = "Dense targets have a column for each class"
+            raise ValueError(message(owner, "num_classes", "given with targets='soft'", num_classes, fix))
+        if num_classes is not None:
+            check_count(owner, "num_classes", num_classes, 1, "classes", "Give what the logits have")
+        self.transforms = chosen
+        self.images = images
+        self.labels = labels
+        self.seed = seed
+        self.targets = targets
+        self.num_classes = num_classes
+        self._seed = seed  # the one in force
+        self._index = 0
+        self._trainer: pl.Trainer | None = None
+        self._owner: Any = None
+        self._mixed: MixedLabels | None = None
+        self._had_loss = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run's configuration shows."""
+        names = ("images", "labels", "targets", "num_classes")
+        chosen = {name: getattr(self, name) for name in names}
+        return {"transforms": [repr(transform) for transform in self.transforms], "seed": self._seed, **chosen}
+
+    # ------------------------------------------------------------------ when
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Choose the seed, and refuse a module whose batches cannot be reached."""
+        if stage != "fit":
+            return
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            fix = "Let it take a batch"
+            got = "training_step(dataloader_iter)"
+            raise TypeError(
+                message("BatchTransforms", "training_step", "one that Lightning hands batches to", got, fix)
+            )
+        self._index = [other for other in trainer.callbacks if isinstance(other, BatchTransforms)].index(self)
+        if self._seed is None:
+            given = os.environ.get("PL_GLOBAL_SEED")
+            entropy = int.from_bytes(os.urandom(4), "little")
+            self._seed = int(given) if given else trainer.strategy.broadcast(entropy)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stand behind the hook through which every batch comes."""
+        log_settings(self, trainer)
+        self._trainer = trainer
+        self._owner = _owner_of_hook(trainer, pl_module)
+        _attach(self, self._owner)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Note that the step has a loss."""
+        self._had_loss = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Refuse a loss that went past the mixed labels: it would train on the wrong targets without a word."""
+        mixed, self._mixed = self._mixed, None
+        if mixed is not None and self._had_loss and not mixed.used:
+            condition = "used by a loss that knows mixed labels, in every step that has a loss"
+            got = f"a training_step of {type(pl_module).__name__} whose loss did not use them"
+            raise RuntimeError(message("BatchTransforms", "labels", condition, got, WAYS_OUT))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the hook back."""
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the hook back."""
+        self._release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the hook back."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._owner is not None:
+            _detach(self, self._owner)
+        self._trainer = self._owner = self._mixed = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the module in the middle of a run carries a copy of this along: without a trainer it does nothing.
+        return {**self.__dict__, "_trainer": None, "_owner": None, "_mixed": None}
+
+    # ------------------------------------------------------------------ what
+
+    def transform_batch(self, batch: Any) -> Any:
+        """Apply the transforms to a batch if the trainer is training; the argument is left as it is.
+
+        Args:
+            batch: what the loader gave, on its device.
+        Returns:
+            A batch of the same structure.
+        """
+        trainer = self._trainer
+        if trainer is None or not trainer.training:
+            return batch
+        images, labels = self._read(batch)
+        generator = self._generator(trainer)
+        for transform in self.transforms:
+            images, labels = transform(images, labels, generator=generator)
+        self._had_loss, self._mixed = False, None
+        if labels is None:
+            return _write(batch, self.images, images)
+        if self.targets == "soft":
+            assert self.num_classes is not None
+            labels = soft_targets(labels, self.num_classes)
+        elif isinstance(labels, MixedLabels):
+            self._mixed = labels
+        assert self.labels is not None
+        return _write(_write(batch, self.images, images), self.labels, labels)
+
+    def _generator(self, trainer: pl.Trainer) -> Generator:
+        batch_idx = trainer.fit_loop.batch_idx + 1  # of the batch that is on its way
+        place = (self._seed, trainer.global_rank, trainer.current_epoch, batch_idx, self._index)
+        digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
+        return Generator().manual_seed(int.from_bytes(digest, "little"))
+
+    def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        try:
+            images = batch if isinstance(batch, Tensor) and self.labels is None else _item(batch, self.images)
+            labels = None if self.labels is None else _item(batch, self.labels)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            images = labels = None
+        if (
+            not isinstance(images, Tensor)
+            or not (labels is None or isinstance(labels, Tensor))
+            or (self.labels is not None and labels is None)
+        ):
+            condition = f"one with tensors at images={self.images!r} and labels={self.labels!r}"
+            fix = "Say where they are with images= and labels=, or labels=None for images alone"
+            raise TypeError(message("BatchTransforms", "batch", condition, describe(batch), fix))
+        if labels is not None and (labels.dim() == 0 or len(labels) != len(images)):
+            got = f"{tuple(labels.shape)} for images {tuple(images.shape)}"
+            fix = "Say where they are with labels="
+            raise ValueError(message("BatchTransforms", "labels", "one for each image", got, fix))
+        return images, labels
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the seed, by the callback's place among its kind: two may have the same settings."""
+        if self._seed is not None:
+            checkpoint.setdefault("batch_transforms_seeds", {})[self._index] = self._seed
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the first run's seed."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._seed = checkpoint.get("batch_transforms_seeds", {}).get(self._index, self._seed)
+
+
+def describe(batch: Any) -> str:
+    """The structure of a batch in a line, for an error.
+
+    Args:
+        batch: anything.
+    Returns:
+        Types, keys and shapes.
+    Example:
+        >>> describe({"image": torch.zeros(2, 3), "id": [1, 2]})
+        "{'image': Tensor(2, 3) float32, 'id': [int, int]}"
+    """
+    if isinstance(batch, Tensor):
+        shape = ", ".join(map(str, batch.shape))
+        return f"{type(batch).__name__}({shape}) {str(batch.dtype).removeprefix('torch.')}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in batch.items()) + "}"
+    if isinstance(batch, (list, tuple)):
+        items = ", ".join(describe(value) for value in batch[:6]) + (", ..." if len(batch) > 6 else "")
+        return f"[{items}]" if isinstance(batch, list) else f"({items})"
+    return type(batch).__name__
+
+
+def _item(batch: Any, where: int | str) -> Any:
+    if isinstance(where, str) and not isinstance(batch, Mapping):
+        return getattr(batch, where)
+    return batch[where]
+
+
+def _write(batch: Any, where: int | str, value: Any) -> Any:
+    """A shallow copy of the batch with one item changed; the same type."""
+    if isinstance(batch, Tensor):
+        return value
+    if isinstance(batch, Mapping):
+        copy = batch.copy() if hasattr(batch, "copy") else dict(batch)
+        copy[where] = value
+        return copy
+    if dataclasses.is_dataclass(batch) and isinstance(where, str):
+        return dataclasses.replace(batch, **{where: value})  # type: ignore[type-var]
+    if hasattr(batch, "_replace"):
+        return batch._replace(**{where if isinstance(where, str) else batch._fields[where]: value})
+    items = list(batch)
+    assert isinstance(where, int)
+    items[where] = value
+    return items if isinstance(batch, list) else type(batch)(items)
+
+
+def _owner_of_hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+    """Whose hook Lightning calls: the datamodule's, unless the module alone overrides it."""
+    datamodule = trainer.datamodule
+    if datamodule is None or (is_overridden(_HOOK, pl_module) and not is_overridden(_HOOK, datamodule)):
+        return pl_module
+    return datamodule
+
+
+def _attach(callback: BatchTransforms, owner: Any) -> None:
+    """Stand behind the owner's hook; several callbacks share one wrapper, so that it can be taken off in any order."""
+    hook = vars(owner).get(_HOOK)
+    if isinstance(hook, partial) and hook.func is _dispatch:
+        hook.args[1].append(callback)
+    else:
+        setattr(owner, _HOOK, partial(_dispatch, getattr(owner, _HOOK), [callback], hook))
+
+
+def _detach(callback: BatchTransforms, owner: Any) -> None:
+    hook = vars(owner).get(_HOOK)
+    if not (isinstance(hook, partial) and hook.func is _dispatch and callback in hook.args[1]):
+        return
+    hook.args[1].remove(callback)
+    if not hook.args[1]:
+        delattr(owner, _HOOK)
+        if hook.args[2] is not None:
+            setattr(owner, _HOOK, hook.args[2])
+
+
+def _dispatch(
+    original: Callable[[Any, int], Any], callbacks: list[BatchTransforms], before: Any, batch: Any, dataloader_idx: int
+) -> Any:
+    batch = original(batch, dataloader_idx)
+    for callback in callbacks:
+        batch = callback.transform_batch(batch)
+    return batch

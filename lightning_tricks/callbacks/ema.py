@@ -1,0 +1,301 @@
+"""An exponential moving average of the weights, evaluated instead of them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_tricks.callbacks.steps import after_real_steps, refuse_sharded, refuse_twins
+from lightning_tricks.callbacks.weights import fingerprint, named_weights, weight_slots
+from lightning_tricks.functional.averaging import can_average, check_decay, ema_
+from lightning_tricks.functional.checks import message
+from lightning_tricks.loggers import log_settings
+
+
+class EMA(Callback):
+    """Average the weights over the run, and evaluate the average instead of them.
+
+        average = weights                                        after the first real optimizer step
+        average = decay * average + (1 - decay) * weights        after each later one
+
+    Validation inside `fit` sees the average, and `fit` ends with it in the module, so that `test`, `predict` and
+    `trainer.save_checkpoint` use it. A checkpoint holds it in `state_dict` (`load_from_checkpoint` gives the average)
+    and the raw weights under `current_model_state`, from which training resumes: the layout of Lightning's own
+    averaging. Until the first real step validation sees the raw weights. A step that a GradScaler skipped and a batch
+    that only accumulates gradients do not count; with several optimizers each one's steps do.
+
+    Floating buffers (batch-norm statistics) are averaged, on several ranks as rank 0 has them; integer and non-finite
+    ones, and those that no checkpoint holds, stay as the module has them. A second `fit()` goes on with the raw weights
+    and the average, unless the module's weights were changed in between. An exception leaves the raw weights.
+
+    Args:
+        decay: weight of the old average, in [0, 1); 0.999 averages over about the last 1,000 steps.
+    Raises:
+        TypeError: decay is no number, or an optimizer has no step hooks.
+        ValueError: decay outside [0, 1), another averaging callback in the Trainer, a strategy that shards the
+            parameters, or trainable weights in half precision, in which an average stands still.
+    References:
+        Polyak and Juditsky, 1992; Tarvainen and Valpola, 2017, arXiv:1703.01780, section 2.
+        Deviates: starts as a copy of the weights after the first step; no debiasing division.
+    Example:
+        >>> import lightning as L
+        >>> from lightning_tricks import EMA
+        >>> trainer = L.Trainer(callbacks=[EMA(decay=0.999)], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        check_decay("EMA", decay)
+        self.decay = decay
+        self._average: dict[str, Tensor] | None = None
+        self._raw: dict[str, Tensor] | None = None  # the raw weights, while the module holds the average
+        self._updates = 0
+        self._slots: dict[str, tuple[dict[str, Tensor | None], str]] = {}
+        self._left: list[int] | None = None  # fingerprint of what the last fit left in the module
+        self._fitting = False
+        self._evaluated = False
+        self._handles: list[RemovableHandle] = []
+        self._unwrap: Callable[[], None] | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run's configuration shows."""
+        return {"decay": self.decay}
+
+    @property
+    def updates(self) -> int:
+        """Real optimizer steps that are in the average."""
+        return self._updates
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what cannot be averaged, and a second owner of the evaluated weights."""
+        refuse_twins(self, trainer, "the weights that are evaluated")
+        others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, WeightAveraging)]
+        if others:
+            fix = "Both would own the weights that are evaluated; keep one"
+            raise ValueError(message("EMA", "callbacks", "the only one that averages", others, fix))
+        refuse_sharded("EMA", trainer)
+
+    # ------------------------------------------------------------------ when
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up the average of a checkpoint or of the fit before, if the module still is what that left."""
+        log_settings(self, trainer)
+        for name, parameter in pl_module.named_parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+                fix = f"{name} would stand still; train with precision='bf16-mixed' or '16-mixed' instead"
+                raise ValueError(message("EMA", "precision", "one with float32 weights", parameter.dtype, fix))
+        self._slots = {name: (holder, key) for name, holder, key in weight_slots(pl_module)}
+        if self._changed(pl_module):
+            rank_zero_info("EMA: the module's weights are not those of the last fit; a new average starts.")
+            self._average, self._raw, self._updates = None, None, 0
+        self._fitting = True
+        if self._average is not None:
+            here = self._tensors(list(self._average))
+            if self._raw is None:
+                self._average = {name: tensor.to(here[name].device) for name, tensor in self._average.items()}
+            else:
+                self._average = {name: tensor.data for name, tensor in here.items()}
+                self._raw = {name: tensor.to(here[name].device) for name, tensor in self._raw.items()}
+                self._hide()
+        self._unwrap = _wrap_on_save_checkpoint(self, pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Update after every real optimizer step from here on."""
+        self._handles = after_real_steps("EMA", trainer.optimizers, self._update)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average into the module."""
+        if self._fitting:
+            self._evaluated = self._average is not None
+            self._agree_on_buffers(trainer, pl_module)
+            self._show()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the raw weights back."""
+        if self._fitting:
+            self._hide()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End with the average in the module."""
+        self.finish(trainer, pl_module)
+
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Put the average into the module for good; done once, whoever of several callbacks asks first.
+
+        Args:
+            trainer: the trainer in `on_train_end`.
+            pl_module: its module.
+        """
+        if self._fitting:
+            self._agree_on_buffers(trainer, pl_module)
+            self._show()
+            self._detach(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the raw weights in the module."""
+        if self._fitting:
+            self._hide()
+            self._detach(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Follow the module to the device that Lightning leaves it on."""
+        if self._raw is not None and self._slots:
+            here = self._tensors(list(self._raw))
+            self._average = {name: tensor.data for name, tensor in here.items()}
+            self._raw = {name: tensor.to(here[name].device) for name, tensor in self._raw.items()}
+        self._slots = {}
+
+    def _detach(self, pl_module: pl.LightningModule) -> None:
+        self._fitting = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._unwrap is not None:
+            self._unwrap()
+            self._unwrap = None
+        try:
+            self._left = fingerprint(named_weights(pl_module).values())
+        except RuntimeError:  # a device that failed: what it held cannot be gone on with
+            self._average, self._raw, self._updates = None, None, 0
+
+    # ------------------------------------------------------------------ what
+
+    def _tensors(self, names: list[str]) -> dict[str, Tensor]:
+        slots = self._slots
+        return {name: slots[name][0][slots[name][1]] for name in names}  # type: ignore[misc]
+
+    def _update(self, optimizer: Optimizer) -> None:
+        if self._average is None:
+            tensors = self._tensors(list(self._slots))
+            self._average = {name: t.detach().clone() for name, t in tensors.items() if can_average(t)}
+        else:
+            weights = self._tensors(list(self._average))
+            ema_(list(self._average.values()), list(weights.values()), self.decay)
+        self._updates += 1
+
+    def _show(self) -> None:
+        # Each assignment can be repeated, so that an interrupt in the middle is undone by `_hide`.
+        if self._average is not None and self._raw is None:
+            tensors = self._tensors(list(self._average))
+            self._raw = {name: tensor.data for name, tensor in tensors.items()}
+            for name, tensor in tensors.items():
+                tensor.data = self._average[name]
+
+    def _hide(self) -> None:
+        if self._raw is not None:
+            for name, tensor in self._tensors(list(self._raw)).items():
+                tensor.data = self._raw[name]
+            self._raw = None
+
+    def _changed(self, pl_module: pl.LightningModule) -> bool:
+        """Whether the module's weights are others than the last fit left in it."""
+        return self._left is not None and self._left != fingerprint(named_weights(pl_module).values())
+
+    def _agree_on_buffers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.world_size > 1 and self._average is not None and self._raw is None:
+            parameters = {name for name, _ in pl_module.named_parameters()}
+            names = [name for name in self._average if name not in parameters]
+            agreed = trainer.strategy.broadcast([self._average[name].cpu() for name in names])
+            for name, tensor in zip(names, agreed, strict=True):
+                self._average[name].copy_(tensor)
+
+    def evaluated_weights(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+        """The weights that the last validation inside `fit` saw: the average, or the raw ones before it started.
+
+        Args:
+            pl_module: the trainer's module.
+        Returns:
+            Live tensors by name, to be copied by whoever keeps them.
+        """
+        average = self._average if self._evaluated and self._average is not None else {}
+        return {**named_weights(pl_module), **average}
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the average in `state_dict` and the raw weights beside it, whichever of them the module holds now."""
+        if self._average is None or (not self._fitting and self._changed(pl_module)):
+            return
+        average, raw = self._both_state_dicts(trainer, checkpoint["state_dict"])
+        checkpoint["state_dict"], checkpoint["current_model_state"] = average, raw
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._updates)}
+        checkpoint["averaged_weights"] = list(self._average)
+
+    def _both_state_dicts(self, trainer: pl.Trainer, here: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The state dict of the average and of the raw weights; one of them is `here`.
+
+        The module writes both, so that its own state-dict hooks apply to both.
+        """
+        if not self._slots:
+            self._slots = {name: (holder, key) for name, holder, key in weight_slots(trainer.lightning_module)}
+        if self._raw is None:
+            self._show()
+            try:
+                return trainer.strategy.lightning_module_state_dict(), here
+            finally:
+                self._hide()
+        raw, shown = self._raw, {name: t.data for name, t in self._tensors(list(self._raw)).items()}
+        try:
+            self._assign(raw)
+            return here, trainer.strategy.lightning_module_state_dict()
+        finally:
+            self._assign(shown)
+
+    def _assign(self, values: dict[str, Tensor]) -> None:
+        for name, tensor in self._tensors(list(values)).items():
+            tensor.data = values[name]
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Resume: the module holds the average by now; keep that, and load the raw weights."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._average, self._raw, self._updates, self._left = None, None, 0, None
+        if "current_model_state" not in checkpoint:
+            rank_zero_info("EMA: the checkpoint holds no average; it starts after the next step.")
+            return
+        weights = named_weights(pl_module)
+        # Lightning's own averaging does not save which.
+        names = checkpoint.get("averaged_weights", [name for name, t in weights.items() if can_average(t)])
+        self._average = {name: weights[name].detach().clone() for name in names}
+        self._updates = int(checkpoint["averaging_state"]["n_averaged"])
+        raw = {**checkpoint, "state_dict": checkpoint["current_model_state"]}
+        trainer.strategy.load_model_state_dict(raw, strict=pl_module.strict_loading)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_handles": [], "_slots": {}, "_unwrap": None}
+
+
+def _wrap_on_save_checkpoint(ema: EMA, pl_module: pl.LightningModule) -> Callable[[], None]:
+    """Let weights-only checkpoints hold the average too: Lightning calls no callback for them, but the module."""
+    mine = vars(pl_module).get("on_save_checkpoint")
+    wrapper = partial(_save_average, pl_module.on_save_checkpoint, ema, pl_module)
+    pl_module.on_save_checkpoint = wrapper  # type: ignore[method-assign]
+
+    def unwrap() -> None:
+        if mine is not None:
+            pl_module.on_save_checkpoint = mine  # type: ignore[method-assign]
+        else:
+            del pl_module.on_save_checkpoint
+
+    return unwrap
+
+
+def _save_average(
+    original: Callable[[dict[str, Any]], None], ema: EMA, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+) -> None:
+    # A copy of the module carries the wrapper along, around a copy of the callback that has no slots.
+    if "callbacks" not in checkpoint and ema._average is not None and ema._slots:
+        checkpoint["state_dict"], _ = ema._both_state_dicts(pl_module.trainer, checkpoint["state_dict"])
+    original(checkpoint)

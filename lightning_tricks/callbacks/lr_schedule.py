@@ -1,0 +1,226 @@
+"""The learning rate follows a schedule of real optimizer steps."""
+
+import math
+import sys
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
+
+from lightning_tricks.callbacks.steps import after_real_steps, refuse_twins
+from lightning_tricks.functional.checks import check_count, message
+from lightning_tricks.functional.schedules import Schedule, resolve_epochs
+from lightning_tricks.loggers import log_settings
+
+
+class ScheduledLR(LRScheduler):
+    """The torch scheduler that Lightning saves, restores and monitors; `begin` tells it the length of the run.
+
+    Until then, and for good where the length stays None, it keeps the base rates.
+
+    Args:
+        optimizer: the optimizer whose groups it scales.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.schedule: Schedule | None = None
+        self.total_steps: int | None = None
+        self.restored = False
+        super().__init__(optimizer)
+
+    def begin(self, schedule: Schedule | None, total_steps: int, step: int) -> None:
+        """Follow the schedule from a step on; None keeps the base rates."""
+        self.schedule, self.total_steps, self.last_epoch = schedule, total_steps, step
+        self._apply()
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rate of each group: its base times the factor. A group that was added later has its own rate as base."""
+        factor = 1.0
+        if self.schedule is not None and self.total_steps is not None:
+            factor = self.schedule(self.last_epoch, self.total_steps)
+        return [group.setdefault("initial_lr", group["lr"]) * factor for group in self.optimizer.param_groups]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Count one real step and set the rates in force after it."""
+        self.last_epoch += 1
+        self._apply()
+
+    def _apply(self) -> None:
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, and the length of the run it belongs to."""
+        return {"last_epoch": self.last_epoch, "total_steps": self.total_steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the count of another run; the rates follow in `begin`."""
+        if "total_steps" not in state_dict:
+            fix = "The checkpoint was trained with another scheduler: resume with that one, or load the weights alone"
+            raise ValueError(message("LRSchedule", "checkpoint", "one of LRSchedule", sorted(state_dict), fix))
+        self.last_epoch, self.total_steps = state_dict["last_epoch"], state_dict["total_steps"]
+        self.restored = True
+
+
+class LRSchedule(Callback):
+    """Let the learning rate of every parameter group follow a schedule of real optimizer steps.
+
+        lr = base_lr * schedule(step, total_steps)
+
+    `base_lr` is what `configure_optimizers` gave the group. A step counts when the optimizer changed weights: batches
+    that only accumulate gradients and steps that a GradScaler skipped do not count. The length is taken from the run:
+    `max_epochs` or `max_steps`, the loader's length, `limit_train_batches` and accumulation; under manual optimization
+    one step of each optimizer for each batch is assumed. Lightning saves and restores the step; a run resumed with
+    another length stretches the schedule to it and says so. `LearningRateMonitor` logs the rates. In `fast_dev_run` the
+    rates stay at their base.
+
+    Args:
+        schedule: (step, total_steps) -> factor, as `WarmupCosine(0.05)`.
+        total_steps: length of the run (optimizer steps), at least 1; None takes it from the run.
+    Raises:
+        TypeError: the schedule is not callable, or an optimizer has no step hooks.
+        ValueError: the length cannot be known (endless training, an unsized loader, an accumulation that changes,
+            several optimizers that share `max_steps`), the module returns a scheduler of its own, another LRSchedule is
+            in the Trainer, or the checkpoint was trained with another scheduler.
+    References:
+        Goyal et al., 2017, arXiv:1706.02677, section 2.2 (warmup); Loshchilov and Hutter, 2017, arXiv:1608.03983
+            (cosine).
+    Example:
+        >>> import lightning as L
+        >>> from lightning_tricks import Cosine, LRSchedule, Warmup
+        >>> trainer = L.Trainer(callbacks=[LRSchedule(Warmup(500, Cosine(end=0.01)))], logger=False, barebones=False)
+    """
+
+    def __init__(self, schedule: Schedule, total_steps: int | None = None) -> None:
+        if not callable(schedule) or isinstance(schedule, type):
+            fix = "Give one, as in LRSchedule(WarmupCosine(0.05))"
+            raise TypeError(
+                message("LRSchedule", "schedule", "a schedule (step, total_steps) -> factor", schedule, fix)
+            )
+        if total_steps is not None:
+            check_count("LRSchedule", "total_steps", total_steps, 1, "optimizer steps", "None takes it from the run")
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self._schedulers: list[ScheduledLR] = []
+        self._handles: list[RemovableHandle] = []
+        self._steps: list[int] = []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run's configuration shows."""
+        return {"schedule": repr(self.schedule), "total_steps": self.total_steps}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a second owner of the learning rate."""
+        refuse_twins(self, trainer, "the learning rate")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach the schedulers before Lightning restores a checkpoint; the length of the run is not known yet."""
+        log_settings(self, trainer)
+        if trainer.lr_scheduler_configs:
+            got = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+            fix = "Return the optimizer alone from configure_optimizers, or leave LRSchedule out"
+            raise ValueError(message("LRSchedule", "schedulers", "the only one of the optimizers", got, fix))
+        self._schedulers = [ScheduledLR(optimizer) for optimizer in trainer.optimizers]
+        # Lightning saves, restores and logs these, and never steps them: it would count skipped steps too.
+        configs = [LRSchedulerConfig(s, interval="step", frequency=sys.maxsize) for s in self._schedulers]
+        trainer.strategy.lr_scheduler_configs.extend(configs)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Forget an earlier fit: the steps are the checkpoint's."""
+        self._steps = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the length from the run, set the rates of the first step, and count real steps from here."""
+        schedule: Schedule | None = self.schedule
+        total_steps = self.total_steps
+        if trainer.fast_dev_run:
+            schedule, total_steps = None, 1
+        elif total_steps is None:
+            total_steps = run_length(trainer, len(self._schedulers))
+        if schedule is not None:
+            batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+            schedule = resolve_epochs(schedule, math.ceil(batches) if math.isfinite(batches) else batches)
+        for index, scheduler in enumerate(self._schedulers):
+            step = scheduler.last_epoch if scheduler.restored else self._steps_before(trainer, index)
+            if schedule is not None and scheduler.restored and scheduler.total_steps != total_steps:
+                rank_zero_info(
+                    f"LRSchedule: the checkpoint's run had {scheduler.total_steps} optimizer steps, this one has"
+                    f" {total_steps}; the schedule is stretched, and goes on at step {step}."
+                )
+            scheduler.begin(schedule, total_steps, step)
+            self._handles += after_real_steps("LRSchedule", [scheduler.optimizer], partial(_advance, scheduler))
+
+    def _steps_before(self, trainer: pl.Trainer, index: int) -> int:
+        if trainer.global_step == 0:
+            return 0
+        if index < len(self._steps):
+            return self._steps[index]
+        step = trainer.global_step // len(self._schedulers)
+        rank_zero_info(f"LRSchedule: the checkpoint was trained without it; the schedule goes on at step {step}.")
+        return step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop counting."""
+        self._detach()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop counting."""
+        self._detach()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the optimizers."""
+        self._detach()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_schedulers": [], "_handles": []}
+
+    def _detach(self) -> None:
+        if self._schedulers:
+            self._steps = [scheduler.last_epoch for scheduler in self._schedulers]
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._schedulers = [], []
+
+
+def _advance(scheduler: ScheduledLR, optimizer: Optimizer) -> None:
+    scheduler.step()
+
+
+def run_length(trainer: pl.Trainer, optimizers: int) -> int:
+    """Optimizer steps of the whole run, for each optimizer; to be asked once the loops are restored.
+
+    Args:
+        trainer: the trainer in `on_train_start`.
+        optimizers: number of optimizers.
+    Returns:
+        Steps from the beginning of the run, what a resumed run did before included.
+    Raises:
+        ValueError: it cannot be known; the error names `total_steps` as the way out.
+    """
+    got: Any = None
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+        got = "an accumulation that changes between epochs"
+    elif optimizers > 1 and trainer.max_steps != -1:
+        got = f"max_steps={trainer.max_steps} shared by {optimizers} optimizers"
+    elif (steps := trainer.estimated_stepping_batches) == float("inf"):
+        got = "endless training (max_epochs=-1 without max_steps)"
+    elif steps <= 0:
+        got = "a loader without a length and no max_steps"
+    if got is not None:
+        fix = "Give LRSchedule(schedule, total_steps=...)"
+        raise ValueError(message("LRSchedule", "total_steps", "given where the run does not tell it", got, fix))
+    return int(steps)

@@ -1,0 +1,87 @@
+"""When an optimizer has really stepped, and which settings no callback of this package can serve."""
+
+from collections.abc import Callable, Iterable
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_tricks.functional.checks import message
+
+
+def is_real_step(optimizer: Optimizer) -> bool:
+    """Whether the step that an optimizer has just ended changed weights.
+
+    A fused optimizer under a GradScaler is called for a skipped step too and carries `found_inf` meanwhile; a
+    `training_step` that returned None leaves no gradients to step with.
+
+    Args:
+        optimizer: a torch optimizer, inside its step post-hook.
+    Returns:
+        Whether the step counts.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None and found_inf.item() > 0:
+        return False
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
+def after_real_steps(
+    owner: str, optimizers: Iterable[object], call: Callable[[Optimizer], None]
+) -> list[RemovableHandle]:
+    """Call a function after every real step of these optimizers.
+
+    Args:
+        owner: callback named in an error.
+        optimizers: the trainer's optimizers.
+        call: called with the optimizer that stepped.
+    Returns:
+        Handles whose `remove()` ends it.
+    Raises:
+        TypeError: an optimizer without step hooks.
+    """
+
+    def hook(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if is_real_step(optimizer):
+            call(optimizer)
+
+    handles = []
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            fix = "Leave the callback out under this strategy"
+            raise TypeError(message(owner, "optimizer", "a torch.optim.Optimizer", type(optimizer).__name__, fix))
+        handles.append(optimizer.register_step_post_hook(hook))
+    return handles
+
+
+def refuse_sharded(owner: str, trainer: pl.Trainer) -> None:
+    """Raise if the strategy shards the parameters, which a callback that reads whole tensors cannot serve.
+
+    Args:
+        owner: callback named in the error.
+        trainer: the trainer in its setup.
+    Raises:
+        ValueError: FSDP, model parallelism or DeepSpeed.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        fix = "Train with DDP or on one device"
+        name = type(trainer.strategy).__name__
+        raise ValueError(message(owner, "strategy", "one that keeps whole parameters on each rank", name, fix))
+
+
+def refuse_twins(callback: pl.Callback, trainer: pl.Trainer, what: str) -> None:
+    """Raise if the trainer has another callback of the same class, where one thing has one owner.
+
+    Args:
+        callback: the callback that asks.
+        trainer: the trainer in its setup.
+        what: the thing that both would own.
+    Raises:
+        ValueError: there are two.
+    """
+    owner = next(base for base in type(callback).__mro__ if base.__module__.startswith("lightning_tricks"))
+    count = sum(isinstance(other, owner) for other in trainer.callbacks)
+    if count > 1:
+        fix = f"Both would own {what}; keep one"
+        raise ValueError(message(owner.__name__, "callbacks", "the only one of its kind in a Trainer", count, fix))

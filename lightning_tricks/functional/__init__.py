@@ -1,0 +1,31 @@
+"""The pure half: torch and the standard library alone, no trainer, no logger, no global random state."""
+
+from lightning_tricks.functional import averaging, checks, erasing, mixing, norms, schedules, stopping
+from lightning_tricks.functional.averaging import can_average, ema_
+from lightning_tricks.functional.erasing import cutout, sample_centers
+from lightning_tricks.functional.mixing import mixup, sample_beta, sample_mixup
+from lightning_tricks.functional.norms import group_norms, tensor_norms, update_norms
+from lightning_tricks.functional.stopping import Patience, PatienceState, Stop
+
+__all__ = [
+    "Patience",
+    "PatienceState",
+    "Stop",
+    "averaging",
+    "can_average",
+    "checks",
+    "cutout",
+    "ema_",
+    "erasing",
+    "group_norms",
+    "mixing",
+    "mixup",
+    "norms",
+    "sample_beta",
+    "sample_centers",
+    "sample_mixup",
+    "schedules",
+    "stopping",
+    "tensor_norms",
+    "update_norms",
+]

@@ -1,0 +1,58 @@
+"""The one form of error message, and the checks of plain numbers that every constructor needs."""
+
+import math
+from typing import Any
+
+
+def message(owner: str, name: str, condition: str, got: Any, fix: str) -> str:
+    """Say which argument is wrong, what it must be, what came and what to do.
+
+    Args:
+        owner: class or function whose argument it is.
+        name: the argument.
+        condition: what it must be, with its unit.
+        got: the value that came.
+        fix: what to do instead, a sentence without its full stop.
+    Returns:
+        The sentence that an error carries.
+    Example:
+        >>> message("EMA", "decay", "in [0, 1)", 2, "Try 0.999")
+        'EMA: decay must be in [0, 1), got 2. Try 0.999.'
+    """
+    return f"{owner}: {name} must be {condition}, got {got!r}. {fix}."
+
+
+def check_number(owner: str, name: str, value: Any, condition: str, fix: str, ok: bool) -> None:
+    """Raise unless the value is a finite real number that satisfies its condition.
+
+    Args:
+        owner, name, condition, fix: as in `message`.
+        value: what came.
+        ok: whether the condition holds; only looked at when the value is a finite number.
+    Raises:
+        TypeError: the value is no int or float (a bool is neither).
+        ValueError: it is not finite, or `ok` is false.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(message(owner, name, f"a number {condition}", value, fix))
+    if not (math.isfinite(value) and ok):
+        raise ValueError(message(owner, name, condition, value, fix))
+
+
+def check_count(owner: str, name: str, value: Any, least: int, unit: str, fix: str) -> None:
+    """Raise unless the value is a whole number of at least `least`.
+
+    Args:
+        owner, name, fix: as in `message`.
+        value: what came.
+        least: smallest value allowed.
+        unit: what is counted, for the message.
+    Raises:
+        TypeError: the value is no int (a bool is none).
+        ValueError: it is below `least`.
+    """
+    condition = f"a whole number of at least {least} ({unit})"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(message(owner, name, condition, value, fix))
+    if value < least:
+        raise ValueError(message(owner, name, condition, value, fix))

@@ -1,0 +1,70 @@
+"""Norms and update ratios of lists of tensors, without a transfer to the host."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm of each tensor.
+
+        norms[i] = sqrt(sum(|tensors[i]| ** 2))
+
+    Args:
+        tensors: floating or complex tensors of any shapes; half precision is summed in float32.
+    Returns:
+        (len(tensors),) float64 on the first one's device; nothing is transferred to the host.
+    Example:
+        >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(2)])
+        tensor([5., 0.], dtype=torch.float64)
+    """
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    norms: list[Tensor] = [torch.empty(())] * len(real)
+    for dtype in {t.dtype for t in real}:
+        chosen = [i for i, t in enumerate(real) if t.dtype == dtype]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for i, norm in zip(chosen, torch._foreach_norm([real[i] for i in chosen], 2, dtype=wide), strict=True):
+            norms[i] = norm.double().to(real[0].device)
+    return torch.stack(norms) if norms else torch.zeros(0, dtype=torch.float64)
+
+
+def group_norms(norms: Tensor, groups: Sequence[int], count: int) -> Tensor:
+    """Norm of each group of tensors from the norms of its members, and of all of them together.
+
+        result[g] = sqrt(sum(norms[i] ** 2 for i with groups[i] == g));  result[count] = sqrt(sum(norms ** 2))
+
+    Args:
+        norms: (n,) norms of the tensors.
+        groups: n group numbers in [0, count).
+        count: number of groups.
+    Returns:
+        (count + 1,) norms; the last is the total.
+    Example:
+        >>> group_norms(torch.tensor([3.0, 4.0, 12.0]), [0, 0, 1], 2)
+        tensor([ 5., 12., 13.])
+    """
+    squares = norms.square()
+    index = torch.tensor(groups, dtype=torch.int64, device=norms.device)
+    sums = squares.new_zeros(count + 1).index_add_(0, index, squares)
+    sums[count] = squares.sum()
+    return sums.sqrt()
+
+
+@torch.no_grad()
+def update_norms(before: Iterable[Tensor], after: Iterable[Tensor]) -> Tensor:
+    """Norm of the true update of each tensor, whatever the optimizer did to it.
+
+        norms[i] = norm(after[i] - before[i])
+
+    Args:
+        before: tensors as they were before the step.
+        after: the same tensors after it; both lists are left untouched.
+    Returns:
+        (n,) float64 norms on their device.
+    Example:
+        >>> update_norms([torch.zeros(2)], [torch.tensor([0.3, 0.4])])
+        tensor([0.5000], dtype=torch.float64)
+    """
+    return tensor_norms([new - old for new, old in zip(after, before, strict=True)])

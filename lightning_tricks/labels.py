@@ -1,0 +1,398 @@
+"""Labels that remember they were mixed or smoothed, and dense targets of any labels."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn._reduction import legacy_get_string
+
+from lightning_tricks.functional.checks import check_number, message
+from lightning_tricks.functional.mixing import mixup
+
+Component: TypeAlias = tuple[Tensor, Tensor]
+"""Labels and the share they have in the target, of one shape."""
+
+# What rearranges, moves or copies labels, or casts them to another integer type: the result is mixed labels still.
+_KEEP = frozenset(
+    (
+        "__getitem__ chunk clone contiguous detach expand expand_as flatten flip index_select masked_select "
+        "movedim narrow permute pin_memory ravel repeat repeat_interleave reshape reshape_as roll select split squeeze "
+        "swapaxes t tile transpose unbind unflatten unsqueeze view view_as"
+    ).split()
+)
+_MOVES = frozenset(["cpu", "cuda", "int", "long", "short", "to", "type", "type_as"])
+_FLOAT_CASTS = frozenset(["float", "double", "half", "bfloat16", "cfloat", "cdouble", "chalf"])
+WAYS_OUT = (
+    "Use F.cross_entropy, F.nll_loss or a loss of lightning_tricks; or take dense (N, K) probabilities, from "
+    "soft_targets(labels, num_classes) or BatchTransforms(targets='soft', num_classes=K); or, where the loss needs no "
+    "labels, BatchTransforms(labels=None)"
+)
+
+
+class MixedLabels(Tensor):
+    """Integer labels that remember they were mixed or smoothed, so that an unchanged loss computes the right thing.
+
+    The tensor itself is the dominant label of each sample: metrics, comparisons and indexing see plain integers. The
+    target it stands for is, over K classes,
+
+        target = (1 - smoothing) * (weight * one_hot(labels) + (1 - weight) * one_hot(partner)) + smoothing / K
+
+    and `F.cross_entropy`, `nn.CrossEntropyLoss`, `F.nll_loss` and the losses of this package compute the loss of that
+    target, with their own `weight`, `ignore_index`, `label_smoothing` and `reduction`. With class weights w, "mean"
+    divides by the sum over samples of `weight * w[labels] + (1 - weight) * w[partner]`; a component whose label is
+    `ignore_index` counts neither there nor in the loss. Operations on shape, index and device, casts to integers,
+    `clone`, `detach` and `contiguous` keep the mix; every other operation sees and returns plain tensors.
+
+    Args:
+        labels: (N,) or (N, H, W) integers, the labels of the original samples.
+        partner: labels of the samples they were mixed with, of the same shape; None is no mixing.
+        weight: share of the original sample in the mix, in [0, 1]; broadcasts to the shape of `labels`.
+        smoothing: epsilon of label smoothing, in [0, 1].
+    Raises:
+        TypeError: labels that are no integers, an in-place change, a cast to floating point, or an operation that does
+            not know mixed labels and whose result requires a gradient: it would train on the dominant labels alone.
+        ValueError: a smoothing outside [0, 1], or shapes that do not fit.
+    References:
+        Zhang et al., 2018, arXiv:1710.09412, eq. 1; Szegedy et al., 2016, arXiv:1512.00567, section 7.
+        Deviates: the loss is normalised as for integer labels, so that an unmixed batch keeps the user's loss.
+    Example:
+        >>> labels = MixedLabels(torch.tensor([0, 1]), partner=torch.tensor([1, 0]), weight=torch.tensor([0.7, 0.2]))
+        >>> labels.tolist(), round(F.cross_entropy(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), labels).item(), 3)
+        ([0, 0], 0.627)
+    """
+
+    _plain: Tensor
+    _components: tuple[Component, ...]
+    _used: list[bool]
+    smoothing: float
+
+    def __new__(
+        cls, labels: Tensor, partner: Tensor | None = None, weight: Tensor | float = 1.0, smoothing: float = 0.0
+    ) -> "MixedLabels":
+        check_smoothing("MixedLabels", smoothing)
+        for name, value in (("labels", labels), ("partner", labels if partner is None else partner)):
+            if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
+                got = getattr(value, "dtype", type(value))
+                fix = "Floating targets are mixed as numbers and need no MixedLabels"
+                raise TypeError(message("MixedLabels", name, "a tensor of integers", got, fix))
+        share = torch.as_tensor(weight, dtype=torch.float32, device=labels.device)
+        try:
+            share = share.expand(labels.shape)
+        except RuntimeError:
+            got, fix = tuple(share.shape), "Give (N,) weights, with a dimension of 1 for each further one of the labels"
+            raise ValueError(message("MixedLabels", "weight", f"of shape {tuple(labels.shape)}", got, fix)) from None
+        if partner is None:
+            return cls._of(((labels, torch.ones_like(share)),), smoothing)
+        if partner.shape != labels.shape:
+            got, fix = tuple(partner.shape), "Take labels[permutation]"
+            raise ValueError(message("MixedLabels", "partner", f"of shape {tuple(labels.shape)}", got, fix))
+        return cls._of(((labels, share), (partner, 1 - share)), smoothing)
+
+    @classmethod
+    def _of(
+        cls, components: tuple[Component, ...], smoothing: float, plain: Tensor | None = None, used: Any = None
+    ) -> "MixedLabels":
+        plain = _dominant(components) if plain is None else plain
+        self = Tensor._make_subclass(cls, plain)
+        self._plain, self._components, self.smoothing = plain, components, smoothing
+        self._used = [False] if used is None else used
+        return self
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The (labels, share) pairs whose one-hot codes add up to the target; the original samples come first."""
+        return self._components
+
+    @property
+    def used(self) -> bool:
+        """Whether a loss that knows mixed labels has seen these, or what was sliced from them."""
+        return self._used[0]
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"MixedLabels({self._plain.tolist()}, components={len(self._components)}, smoothing={self.smoothing})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._components, self.smoothing, self._plain)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MixedLabels":
+        components = tuple((labels.clone(), share.clone()) for labels, share in self._components)
+        return MixedLabels._of(components, self.smoothing, self._plain.clone())
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.cross_entropy and isinstance(_target(args, kwargs), MixedLabels):
+            return _cross_entropy(*args, **kwargs)
+        if func is F.nll_loss and isinstance(_target(args, kwargs), MixedLabels):
+            return _nll_loss(*args, **kwargs)
+        name = getattr(func, "__name__", str(func))
+        if name == "one_hot":
+            return _one_hot(*args, **kwargs)
+        if _changes_in_place(name) or "out" in kwargs:
+            fix = "Change them in the data set, before they are mixed, or leave label mixing out"
+            raise TypeError(message("MixedLabels", "labels", "left unchanged once they are mixed", name, fix))
+        result = func(*_plain(args), **_plain(kwargs))
+        if name in _FLOAT_CASTS or (name in _MOVES and isinstance(result, Tensor) and result.is_floating_point()):
+            condition = "integers: a cast to floating point loses the mix"
+            raise TypeError(message("MixedLabels", "labels", condition, name, WAYS_OUT))
+        if (name in _KEEP or name in _MOVES) and isinstance(args[0], MixedLabels) and not isinstance(result, str):
+            return _rearranged(args[0], func, args, kwargs, result, moved=name in _MOVES)
+        if _requires_grad(result):
+            condition = (
+                "used by a loss that knows mixed labels; here a gradient would come from the dominant labels alone"
+            )
+            raise TypeError(message("MixedLabels", "labels", condition, name, WAYS_OUT))
+        return result
+
+
+def _rebuild(components: tuple[Component, ...], smoothing: float, plain: Tensor) -> MixedLabels:
+    return MixedLabels._of(components, smoothing, plain)
+
+
+def _dominant(components: tuple[Component, ...]) -> Tensor:
+    label, best = components[0]
+    for other, share in components[1:]:
+        label, best = torch.where(share > best, other, label), torch.maximum(best, share)
+    return label
+
+
+def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[1] if len(args) > 1 else kwargs.get("target")
+
+
+def _changes_in_place(name: str) -> bool:
+    if name.startswith("__"):
+        return name == "__setitem__" or (
+            name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__iter__")
+        )
+    return name.endswith("_")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, MixedLabels):
+        return value._plain
+    if isinstance(value, (tuple, list)):
+        items = [_plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+def _requires_grad(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, (tuple, list)) and any(_requires_grad(item) for item in value)
+
+
+def _rearranged(
+    mixed: MixedLabels,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+    moved: bool,
+) -> Any:
+    rest, kwargs = _plain(args[1:]), _plain(kwargs)
+
+    def apply(part: Tensor, share: bool) -> list[Tensor]:
+        if share and moved:
+            return [part.to(result.device)]  # a cast to integers is not for shares
+        new = func(part, *rest, **kwargs)
+        return list(new) if isinstance(new, (tuple, list)) else [new]
+
+    plains = list(result) if isinstance(result, (tuple, list)) else [result]
+    labels = [apply(own, share=False) for own, _ in mixed._components]
+    shares = [apply(share, share=True) for _, share in mixed._components]
+    wrapped = [
+        MixedLabels._of(
+            tuple((own[i], share[i]) for own, share in zip(labels, shares, strict=True)),
+            mixed.smoothing,
+            plain,
+            mixed._used,
+        )
+        for i, plain in enumerate(plains)
+    ]
+    return type(result)(wrapped) if isinstance(result, (tuple, list)) else wrapped[0]
+
+
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """What F.one_hot gives of mixed labels: the dense mix, floating, with the classes in the last dimension."""
+    targets = soft_targets(tensor, num_classes)
+    return targets.movedim(1, -1) if tensor.dim() > 0 else targets
+
+
+def _cross_entropy(
+    input: Tensor,
+    target: MixedLabels,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    check_smoothing("F.cross_entropy", label_smoothing, name="label_smoothing")
+    if torch.is_autocast_enabled(input.device.type):
+        input = input.float()  # as autocast does for the loss of plain labels
+    log_probs = F.log_softmax(input, dim=min(1, input.dim() - 1))
+    smoothing = 1 - (1 - target.smoothing) * (1 - label_smoothing)
+    return _mixed_nll(log_probs, target, weight, ignore_index, _reduction(size_average, reduce, reduction), smoothing)
+
+
+def _nll_loss(
+    input: Tensor,
+    target: MixedLabels,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    reduction = _reduction(size_average, reduce, reduction)
+    return _mixed_nll(input, target, weight, ignore_index, reduction, target.smoothing)
+
+
+def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    if size_average is not None or reduce is not None:
+        reduction = legacy_get_string(size_average, reduce)
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    return reduction
+
+
+def _mixed_nll(
+    log_probs: Tensor, target: MixedLabels, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
+) -> Tensor:
+    target._used[0] = True
+    unbatched = log_probs.dim() == 1
+    if unbatched:
+        log_probs = log_probs.unsqueeze(0)
+    uniform: Tensor | None = None
+    if smoothing > 0:
+        weighted = log_probs if weight is None else log_probs * weight.view(-1, *[1] * (log_probs.dim() - 2))
+        uniform = -weighted.mean(dim=1)
+    loss = total = torch.zeros((), dtype=log_probs.dtype, device=log_probs.device)
+    for labels, share in target._components:
+        if unbatched:
+            labels, share = labels.unsqueeze(0), share.unsqueeze(0)
+        valid = labels != ignore_index
+        share = (share * valid).to(log_probs.dtype)
+        nll = F.nll_loss(log_probs, labels, weight, ignore_index=ignore_index, reduction="none")
+        loss = loss + share * (nll if uniform is None else (1 - smoothing) * nll + smoothing * uniform)
+        if reduction == "mean":
+            total = total + (share if weight is None else share * weight[labels.masked_fill(~valid, 0)]).sum()
+    if reduction == "mean":
+        return loss.sum() / total
+    return loss.sum() if reduction == "sum" else loss.squeeze(0) if unbatched else loss
+
+
+def check_smoothing(owner: str, smoothing: float, name: str = "smoothing") -> None:
+    """Raise unless the value is an epsilon of label smoothing, in [0, 1].
+
+    Args:
+        owner: class or function named in the error.
+        smoothing: what came.
+        name: argument named in the error.
+    Raises:
+        TypeError: no number.
+        ValueError: outside [0, 1].
+    Example:
+        >>> check_smoothing("LabelSmoothing", 0.1)
+    """
+    fix = "It is the share of the target spread over all classes, 0.1 as a rule"
+    check_number(owner, name, smoothing, "in [0, 1]", fix, 0 <= smoothing <= 1)
+
+
+def mix_labels(labels: Tensor, weight: Tensor, permutation: Tensor) -> Tensor:
+    """Mix the labels of each sample with those of its partner.
+
+        target' = weight * target + (1 - weight) * target[permutation]
+
+    Args:
+        labels: (N, ...) integers or MixedLabels, or floating targets, which are mixed as numbers.
+        weight: (N,) share of the original sample, in [0, 1].
+        permutation: (N,) int64, partner of each sample.
+    Returns:
+        MixedLabels of integers; a floating tensor of floating targets.
+    Example:
+        >>> mix_labels(torch.tensor([0.0, 1.0]), torch.tensor([0.75, 0.5]), torch.tensor([1, 0]))
+        tensor([0.2500, 0.5000])
+    """
+    if labels.is_floating_point():
+        return mixup(labels, weight, permutation)
+    permutation = permutation.to(labels.device)
+    share = weight.to(labels.device).view(-1, *[1] * (labels.dim() - 1))
+    if not isinstance(labels, MixedLabels):
+        return MixedLabels(labels, labels[permutation], share)
+    first = tuple((own, own_share * share) for own, own_share in labels._components)
+    second = tuple((own[permutation], own_share[permutation] * (1 - share)) for own, own_share in labels._components)
+    return MixedLabels._of(first + second, labels.smoothing, used=labels._used)
+
+
+def smooth_labels(labels: Tensor, smoothing: float) -> MixedLabels:
+    """Spread a share of each target evenly over all classes.
+
+        target' = (1 - smoothing) * target + smoothing / K
+
+    Args:
+        labels: (N, ...) integers or MixedLabels; the number of classes K is taken from the logits in the loss.
+        smoothing: epsilon, in [0, 1].
+    Returns:
+        MixedLabels; labels that were smoothed already are smoothed again.
+    Raises:
+        TypeError: floating targets, which say nothing of what they mean.
+        ValueError: smoothing outside [0, 1].
+    References:
+        Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, arXiv:1512.00567, section 7.
+    Example:
+        >>> smooth_labels(torch.tensor([2, 0]), 0.1)
+        MixedLabels([2, 0], components=1, smoothing=0.1)
+    """
+    if not isinstance(labels, MixedLabels):
+        return MixedLabels(labels, smoothing=smoothing)
+    check_smoothing("smooth_labels", smoothing)
+    combined = 1 - (1 - labels.smoothing) * (1 - smoothing)
+    return MixedLabels._of(labels._components, combined, labels._plain, labels._used)
+
+
+def soft_targets(labels: Tensor, num_classes: int) -> Tensor:
+    """Dense targets of any labels: the probability of each class.
+
+        targets = (1 - smoothing) * sum(share * one_hot(label)) + smoothing / num_classes
+
+    Args:
+        labels: (N,) or (N, H, W) integers (which give one-hot targets) or MixedLabels in [0, num_classes); or floating
+            (N, num_classes, ...) targets, which are returned as they are.
+        num_classes: number of classes K, at least 1.
+    Returns:
+        (N, K) or (N, K, H, W) float32, each summing to 1 over the classes.
+    Raises:
+        ValueError: a label outside [0, num_classes), or floating targets of another number of classes.
+    Example:
+        >>> soft_targets(MixedLabels(torch.tensor([0]), torch.tensor([2]), 0.75), num_classes=3)
+        tensor([[0.7500, 0.0000, 0.2500]])
+    """
+    fix = "Give the number of classes that the logits have"
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(message("soft_targets", "num_classes", "a whole number of at least 1", num_classes, fix))
+    if labels.is_floating_point():
+        if labels.dim() < 2 or labels.shape[1] != num_classes:
+            shape = tuple(labels.shape)
+            raise ValueError(message("soft_targets", "labels", f"of shape (N, {num_classes}, ...)", shape, fix))
+        return labels
+    mixed = labels if isinstance(labels, MixedLabels) else MixedLabels(labels)
+    mixed._used[0] = True
+    targets = torch.zeros((*mixed.shape, num_classes), device=mixed.device)
+    for own, share in mixed._components:
+        if own.numel() and not (int(own.min()) >= 0 and int(own.max()) < num_classes):
+            got = f"[{int(own.min())}, {int(own.max())}]"
+            fix = "Leave out the samples to be ignored, or give the right number of classes"
+            raise ValueError(message("soft_targets", "labels", f"in [0, {num_classes - 1}]", got, fix))
+        targets.scatter_add_(-1, own.long().unsqueeze(-1), share.unsqueeze(-1))
+    targets = (1 - mixed.smoothing) * targets + mixed.smoothing / num_classes
+    return targets.movedim(-1, 1) if mixed.dim() > 0 else targets

@@ -1,0 +1,40 @@
+"""The edge: what is sent to loggers, Weights & Biases among them. Nothing else in the package knows a logger."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+
+def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
+    """Write one row to every logger, on the step Lightning's own row of this batch has.
+
+    Args:
+        trainer: a trainer in training.
+        scalars: names and plain numbers.
+    """
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(scalars), step=step)
+
+
+def log_settings(callback: pl.Callback, trainer: pl.Trainer) -> None:
+    """Write the settings of every trick of the trainer to the run's configuration, under `tricks`, once.
+
+    Each callback of this package calls it at the start of `fit`; the first of them writes for all. A trick that is
+    there twice is numbered: `BatchTransforms`, `BatchTransforms-2`.
+
+    Args:
+        callback: the callback that calls.
+        trainer: its trainer.
+    """
+    tricks = [other for other in trainer.callbacks if hasattr(other, "settings")]
+    if not tricks or tricks[0] is not callback:
+        return
+    config: dict[str, Any] = {}
+    for trick in tricks:
+        name = type(trick).__name__
+        count = sum(key.split("-")[0] == name for key in config)
+        config[name if count == 0 else f"{name}-{count + 1}"] = trick.settings
+    for logger in trainer.loggers:
+        logger.log_hyperparams({"tricks": config})

@@ -1,0 +1,403 @@
+"""What every callback of the package promises. A new callback adds a row to CALLBACKS and gets every check."""
+
+import copy
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+
+import lightning as L
+import pytest
+import torch
+from kit import (
+    MemoryLogger,
+    Net,
+    ResumableLoader,
+    assert_same,
+    every_epoch,
+    fit,
+    loader,
+    make_trainer,
+    plugin_that_skips,
+    snapshot,
+)
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+
+import lightning_tricks as lt
+
+CALLBACKS = {
+    "LRSchedule": lambda: [lt.LRSchedule(lt.WarmupCosine(0.25))],
+    "EMA": lambda: [lt.EMA(decay=0.9)],
+    "EarlyStopping": lambda: [
+        lt.EarlyStopping(monitor="val/loss", patience=100, ignore_first=1, restore_best=True),
+    ],
+    "BatchTransforms": lambda: [lt.BatchTransforms([lt.Cutout(2), lt.Mixup(0.5), lt.LabelSmoothing(0.1)], seed=3)],
+    "UpdateMonitor": lambda: [lt.UpdateMonitor(every_n_steps=2)],
+    "all": lambda: [
+        lt.EarlyStopping(monitor="val/loss", patience=100, ignore_first=1, restore_best=True),
+        lt.LRSchedule(lt.WarmupCosine(0.25)),
+        lt.EMA(decay=0.9),
+        lt.BatchTransforms([lt.Cutout(2), lt.Mixup(0.5), lt.LabelSmoothing(0.1)], seed=3),
+        lt.UpdateMonitor(every_n_steps=2),
+    ],
+}
+every_callback = pytest.mark.parametrize("name", CALLBACKS)
+
+
+def hooks_left(module: L.LightningModule) -> list[str]:
+    return [key for key, value in vars(module).items() if callable(value) and key.startswith("on_")]
+
+
+def state_of(trainer: L.Trainer) -> dict:
+    """All that a run is afterwards: weights, averages, optimizers, callbacks, as a checkpoint holds it."""
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+    callbacks = {key: value for key, value in checkpoint["callbacks"].items() if "ModelCheckpoint" not in key}
+    keys = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
+    return {"callbacks": callbacks, **{key: checkpoint[key] for key in keys if key in checkpoint}}
+
+
+class Record(Callback):
+    """Remember the validated weights, and the rates of every step."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.rows.append(("validated", trainer.global_step, snapshot(pl_module)))
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.rows.append(("rate", trainer.global_step, optimizer.param_groups[0]["lr"]))
+
+
+# ---------------------------------------------------------------------------------------------- 1. resume, bit for bit
+
+
+@every_callback
+@pytest.mark.parametrize("limit", ["max_epochs", "max_steps"])
+def test_run_resumed_at_an_epoch_end_is_the_run_that_was_not_stopped(name, limit, tmp_path):
+    length = {"max_epochs": 4} if limit == "max_epochs" else {"max_epochs": -1, "max_steps": 24}
+    whole, record = MemoryLogger(), Record()
+    trainer, module = fit([*CALLBACKS[name](), record, every_epoch(tmp_path)], logger=whole, **length)
+    rest, record_rest = MemoryLogger(), Record()
+    resumed, module_rest = fit(
+        [*CALLBACKS[name](), record_rest, every_epoch(tmp_path / "rest")],
+        logger=rest,
+        ckpt_path=tmp_path / "epoch=1.ckpt",
+        **length,
+    )
+    assert_same(state_of(resumed), state_of(trainer))
+    assert_same(module_rest.seen, module.seen[-12:])
+    assert_same(record_rest.rows, record.rows[-len(record_rest.rows) :])
+    assert len(record_rest.rows) >= 14
+    if limit == "max_epochs":  # a run by max_steps resumes with Lightning's own rows a step later
+        assert_same(rest.rows, [row for row in whole.rows if row[0] >= 12])
+
+
+@every_callback
+def test_run_resumed_in_the_middle_of_an_epoch_is_the_run_that_was_not_stopped(name, tmp_path):
+    whole = MemoryLogger()
+    save = every_steps(8, tmp_path)
+    trainer, module = fit([*CALLBACKS[name](), save], train=ResumableLoader(), logger=whole, max_epochs=3)
+    rest = MemoryLogger()
+    resumed, module_rest = fit(
+        [*CALLBACKS[name](), every_steps(8, tmp_path / "rest")],
+        train=ResumableLoader(),
+        logger=rest,
+        max_epochs=3,
+        ckpt_path=tmp_path / "step=8.ckpt",
+    )
+    assert_same(state_of(resumed), state_of(trainer))
+    assert_same(module_rest.seen, module.seen[8:])
+    assert_same(rest.rows, [row for row in whole.rows if row[0] >= 8])
+
+
+def every_steps(steps, folder):
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=steps, save_top_k=-1)
+
+
+SCRIPT = """
+import os, signal, sys, warnings
+import torch
+sys.path.insert(0, {tests!r})
+sys.path.insert(0, {contract!r})
+from kit import ResumableLoader, fit
+from lightning.pytorch.callbacks import Callback
+from test_contract import CALLBACKS, every_steps
+torch.set_num_threads(1)
+class Kill(Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+fit([*CALLBACKS["all"](), Kill(), every_steps(5, {folder!r})], train=ResumableLoader(), max_epochs=3)
+"""
+
+
+def test_run_that_was_killed_goes_on_from_its_last_checkpoint(tmp_path):
+    here = os.path.dirname(__file__)
+    script = textwrap.dedent(SCRIPT).format(tests=os.path.dirname(here), contract=here, folder=str(tmp_path))
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=10.ckpt", "step=5.ckpt"]
+    trainer, module = fit(CALLBACKS["all"](), train=ResumableLoader(), max_epochs=3)
+    resumed, module_rest = fit(
+        [*CALLBACKS["all"](), every_steps(5, tmp_path / "rest")],
+        train=ResumableLoader(),
+        max_epochs=3,
+        ckpt_path=tmp_path / "step=10.ckpt",
+    )
+    assert_same(state_of(resumed), state_of(trainer))
+    assert_same(module_rest.seen, module.seen[10:])
+
+
+@every_callback
+def test_checkpoint_loads_with_weights_only(name, tmp_path):
+    fit([*CALLBACKS[name](), every_epoch(tmp_path)])
+    checkpoint = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == 1
+    fit([*CALLBACKS[name](), every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=2)
+
+
+# ------------------------------------------------------------------------------------------------- 3. real steps count
+
+
+@every_callback
+def test_accumulation_counts_optimizer_steps(name):
+    trainer, _ = fit(callbacks := CALLBACKS[name](), accumulate_grad_batches=4, max_epochs=2)
+    assert trainer.global_step == 4  # 6 batches an epoch: one window of four and a last one of two
+    for callback in callbacks:
+        if isinstance(callback, lt.EMA):
+            assert callback.updates == 4
+        if isinstance(callback, lt.LRSchedule):
+            assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
+            assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+
+
+class Overflow(Callback):
+    """Make the gradients of some steps infinite."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.fit_loop.total_batch_idx in self.batches:
+            pl_module.head.weight.grad.fill_(torch.inf)
+
+
+class CountSteps(Callback):
+    def __init__(self):
+        self.steps = 0
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.optimizers[0].register_step_post_hook(self.count)
+
+    def count(self, *args):
+        self.steps += 1
+
+
+@every_callback
+def test_steps_that_a_scaler_skips_do_not_count(name):
+    count = CountSteps()
+    callbacks = CALLBACKS[name]()
+    trainer, _ = fit(
+        [*callbacks, Overflow({0, 3, 4, 7}), count],
+        plugins=[plugin_that_skips(8.0)],
+        max_epochs=2,
+        logger=MemoryLogger(),
+    )
+    assert (trainer.global_step, count.steps) == (12, 8)
+    for callback in callbacks:
+        if isinstance(callback, lt.EMA):
+            assert callback.updates == 8
+        if isinstance(callback, lt.LRSchedule):
+            assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 8
+        if isinstance(callback, lt.UpdateMonitor):
+            # Batches 3 and 7 would have been logged, but changed no weight.
+            assert list(trainer.logger.series("update_ratio/total")) == [1, 5, 9, 11]
+
+
+# ---------------------------------------------------------------------------------------------------- 4. exceptions
+
+
+@every_callback
+@pytest.mark.parametrize("place", ["train", "validation"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_exception_leaves_the_module_as_the_user_had_it(name, place, error, tmp_path):
+    class Interrupted(Net):
+        def raise_it(self):
+            raise error("stop here")
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if place == "train" and self.global_step == 8:
+                self.raise_it()
+            return loss
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if place == "validation" and self.global_step == 12:
+                self.raise_it()
+
+    module = Interrupted()
+    raw = {}
+
+    class KeepRaw(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            raw.update(snapshot(pl_module))
+
+    save = OnExceptionCheckpoint(tmp_path)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises((RuntimeError, SystemExit)):
+        fit([*CALLBACKS[name](), KeepRaw(), save], module, train=ResumableLoader(), max_epochs=3)
+    signal.signal(signal.SIGINT, handler)
+    learned = {key for key, _ in module.named_parameters()}
+    assert_same({k: v for k, v in snapshot(module).items() if k in learned}, {k: raw[k] for k in raw if k in learned})
+    assert hooks_left(module) == []
+    assert set(vars(module)) == set(vars(fit([])[1]))
+
+    if place == "validation":  # a checkpoint from the middle of a batch cannot be gone on with exactly
+        trainer, _ = fit(CALLBACKS[name](), train=ResumableLoader(), max_epochs=3)
+        resumed, _ = fit(
+            CALLBACKS[name](), train=ResumableLoader(), max_epochs=3, ckpt_path=tmp_path / "on_exception.ckpt"
+        )
+        left, right = state_of(resumed), state_of(trainer)
+        left["callbacks"].clear(), right["callbacks"].clear()  # the interrupted validation is done again
+        assert_same(left, right)
+
+
+# ------------------------------------------------------------------------------------- 5. company, repeats, other sta
+
+
+@every_callback
+def test_second_fit_goes_on(name):
+    """Without momentum the optimizer has no state, so that two fits are one."""
+
+    class Plain(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+    def tricks():
+        return [lt.LRSchedule(lt.Linear(), 24) if isinstance(c, lt.LRSchedule) else c for c in CALLBACKS[name]()]
+
+    whole, whole_module = fit(tricks(), Plain(), max_epochs=4)
+    callbacks = tricks()
+    twice, module = fit(callbacks, Plain(), max_epochs=2)
+    if any(isinstance(callback, lt.EarlyStopping) for callback in callbacks):
+        # The best weights are where the second fit starts: it is another run than the whole one.
+        assert_same(snapshot(module), callbacks[0].best_weights)
+    twice.fit_loop.max_epochs = 4
+    twice.fit(module, loader(), loader(8, seed=5))
+    assert hooks_left(module) == []
+    if not any(isinstance(callback, lt.EarlyStopping) for callback in callbacks):
+        assert_same(state_of(twice), state_of(whole))
+        assert_same(module.seen, whole_module.seen)
+
+
+@every_callback
+def test_stages_without_fit_see_the_module_as_it_is(name):
+    module, val = Net(), loader(8)
+    before = snapshot(module)
+    trainer = make_trainer(CALLBACKS[name]())
+    expected = make_trainer([]).validate(module, val, verbose=False)
+    assert trainer.validate(module, val, verbose=False) == expected
+    trainer.test(module, val, verbose=False)
+    assert len(trainer.predict(module, val)) == 2
+    assert_same(snapshot(module), before)
+    assert hooks_left(module) == []
+
+
+@every_callback
+def test_fast_dev_run(name):
+    trainer, module = fit(CALLBACKS[name](), fast_dev_run=True)
+    assert trainer.global_step == 1
+    assert hooks_left(module) == []
+
+
+@every_callback
+def test_copies_of_callback_and_module_before_in_and_after_a_run(name):
+    callbacks, module = CALLBACKS[name](), Net()
+    copies = []
+
+    class CopyAll(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                copies.append(copy.deepcopy(pl_module))
+                copies.append(pickle.loads(pickle.dumps(pl_module)))
+                for callback in callbacks:
+                    pickle.loads(pickle.dumps(callback))
+                    copy.deepcopy(callback)
+
+    for callback in callbacks:
+        assert pickle.loads(pickle.dumps(callback)).settings == callback.settings
+    fit([*callbacks, CopyAll()], module)
+    _, expected_module = fit(CALLBACKS[name]())
+    assert_same(snapshot(module), snapshot(expected_module))
+    for callback in callbacks:
+        pickle.loads(pickle.dumps(callback))
+    # A copy taken in mid-run is a module of its own: it trains like one that never met the callbacks.
+    for twin in copies:
+        plain = Net()
+        plain.load_state_dict(twin.state_dict())
+        start = len(twin.seen)
+        fit([], twin, max_epochs=1)
+        fit([], plain, max_epochs=1)
+        assert_same(snapshot(twin), snapshot(plain))
+        assert_same(twin.seen[start:], plain.seen)
+
+
+@every_callback
+def test_global_random_state_is_untouched(name):
+    torch.manual_seed(7)
+    fit([])
+    expected = torch.random.get_rng_state()
+    torch.manual_seed(7)
+    fit(CALLBACKS[name]())
+    assert torch.equal(torch.random.get_rng_state(), expected)
+
+
+@every_callback
+def test_module_is_left_as_it_was_found(name):
+    module = Net()
+    fit(CALLBACKS[name](), module)
+    _, plain = fit([])
+    assert hooks_left(module) == []
+    assert set(vars(module)) == set(vars(plain))
+
+
+TWINS = {
+    "LRSchedule": "LRSchedule: callbacks must be the only one of its kind in a Trainer, got 2",
+    "EMA": "EMA: callbacks must be the only one of its kind in a Trainer, got 2",
+    "EarlyStopping": "EarlyStopping: restore_best must be True in one callback only",
+    "BatchTransforms": None,
+    "UpdateMonitor": "UpdateMonitor: callbacks must be the only one of its kind in a Trainer, got 2",
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_two_instances_work_or_are_refused(name):
+    first, second = CALLBACKS[name]()[0], CALLBACKS[name]()[0]
+    if name == "EarlyStopping":  # two of one key are Lightning's own refusal
+        second = lt.EarlyStopping(monitor="train/loss", patience=100, restore_best=True)
+    if TWINS[name] is None:
+        _, module = fit([first, second])
+        assert hooks_left(module) == []
+    else:
+        with pytest.raises(ValueError, match=TWINS[name]):
+            fit([first, second])
+
+
+def test_early_stopping_on_two_metrics():
+    first = lt.EarlyStopping(monitor="val/loss", patience=100, restore_best=True)
+    second = lt.EarlyStopping(monitor="train/loss", patience=100)
+    fit([first, second])
+    assert (first.checks, second.checks) == (2, 2)
+
+
+def test_settings_of_every_trick_are_in_the_run_configuration():
+    logger = MemoryLogger()
+    fit(CALLBACKS["all"](), logger=logger)
+    assert list(logger.hparams["tricks"]) == ["EarlyStopping", "LRSchedule", "EMA", "BatchTransforms", "UpdateMonitor"]
+    assert logger.hparams["tricks"]["EMA"] == {"decay": 0.9}
+    assert logger.hparams["tricks"]["BatchTransforms"]["transforms"][1] == "Mixup(alpha=0.5, per_sample=True)"
