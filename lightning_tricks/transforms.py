@@ -26,6 +26,7 @@ class Transform(Protocol):
     Returns:
         The new images and labels.
     Example:
+        >>> import torch
         >>> def darken(images, labels, generator=None, inplace=False):
         ...     return images * torch.rand(len(images), 1, 1, 1, generator=generator), labels
         >>> darken(torch.ones(2, 1, 4, 4), None)[0].shape
@@ -58,6 +59,7 @@ class Mixup:
         Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018, arXiv:1710.09412, eq. 1.
         Deviates: a weight for each image (the authors' code draws one for the batch: `per_sample=False`).
     Example:
+        >>> import torch
         >>> images, labels = Mixup(0.2)(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 3]))
         >>> images.shape, type(labels).__name__
         (torch.Size([4, 1, 8, 8]), 'MixedLabels')
@@ -97,6 +99,7 @@ class Cutout:
         arXiv:1708.04552, section 3.1.
         Deviates: an odd side is cut in full (the authors' code cuts one pixel less).
     Example:
+        >>> import torch
         >>> images, _ = Cutout(2)(torch.ones(4, 1, 8, 8), None)
         >>> bool((images.sum((1, 2, 3)) >= 60).all())
         True
@@ -136,6 +139,7 @@ class LabelSmoothing:
     References:
         Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, arXiv:1512.00567, section 7.
     Example:
+        >>> import torch
         >>> LabelSmoothing(0.1)(torch.rand(2, 1, 8, 8), torch.tensor([3, 7]))[1]
         MixedLabels([3, 7], components=1, smoothing=0.1)
     """

@@ -243,6 +243,7 @@ def describe(batch: Any) -> str:
     Returns:
         Types, keys and shapes.
     Example:
+        >>> import torch
         >>> describe({"image": torch.zeros(2, 3), "id": [1, 2]})
         "{'image': Tensor(2, 3) float32, 'id': [int, int]}"
     """
