@@ -1,0 +1,50 @@
+"""Read an offline W&B run back from disk: what was logged, row by row, and the run's configuration."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+BLOCK, HEADER, FILE_HEADER = 32768, 7, 7
+
+
+def _records(data: bytes) -> Any:
+    """The payloads of a LevelDB-style log: chunks in blocks of 32 KiB, each with checksum, length and kind."""
+    position, parts = FILE_HEADER, b""
+    while position + HEADER <= len(data):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:
+            position += left
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
+        if kind == 0:
+            position += left
+            continue
+        parts += data[position + HEADER : position + HEADER + length]
+        position += HEADER + length
+        if kind in (1, 4):  # a whole record, or the last chunk of one
+            yield parts
+            parts = b""
+
+
+def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows in the order they were logged, and the configuration."""
+    (path,) = folder.glob("*.wandb")
+    rows, config = [], {}
+    for payload in _records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(payload)
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            items = record.history.item
+            rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items})
+        update = record.config.update if kind == "config" else record.run.config.update if kind == "run" else []
+        config.update({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in update})
+    return rows, config
+
+
+def runs(folder: Path) -> list[Path]:
+    """The folders of the offline runs below a folder."""
+    return sorted(path for path in folder.rglob("offline-run-*") if path.is_dir() and not path.is_symlink())
