@@ -305,7 +305,7 @@ def check_smoothing(owner: str, smoothing: float, name: str = "smoothing") -> No
         >>> check_smoothing("LabelSmoothing", 0.1)
     """
     fix = "It is the share of the target spread over all classes, 0.1 as a rule"
-    check_number(owner, name, smoothing, "in [0, 1]", fix, 0 <= smoothing <= 1)
+    check_number(owner, name, smoothing, "in [0, 1]", fix, lambda value: 0 <= value <= 1)
 
 
 def mix_labels(labels: Tensor, weight: Tensor, permutation: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class Mixup:
     per_sample: bool = True
 
     def __post_init__(self) -> None:
-        check_number("Mixup", "alpha", self.alpha, "above 0", "Try 0.2", self.alpha > 0)
+        check_number("Mixup", "alpha", self.alpha, "above 0", "Try 0.2", lambda value: value > 0)
 
     def __call__(
         self, images: Tensor, labels: Tensor | None, generator: Generator | None = None, inplace: bool = False
@@ -112,7 +112,7 @@ class Cutout:
     def __post_init__(self) -> None:
         check_count("Cutout", "size", self.size, 1, "pixels", "Try half the image's side")
         check_count("Cutout", "holes", self.holes, 1, "squares", "The paper cuts 1")
-        check_number("Cutout", "fill", self.fill, "finite", "0 is the mean of normalised images", True)
+        check_number("Cutout", "fill", self.fill, "finite", "0 is the mean of normalised images")
 
     def __call__(
         self, images: Tensor, labels: Tensor | None, generator: Generator | None = None, inplace: bool = False

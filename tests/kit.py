@@ -194,3 +194,16 @@ def plugin_that_skips(init_scale: float = 2.0**16):
 
     scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=1000)
     return MixedPrecision("16-mixed", "cpu", scaler=scaler)
+
+
+class Batches:
+    """A loader of batches that are there already (Lightning takes a plain list for several loaders)."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = list(batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        return iter(self.batches)

@@ -199,16 +199,16 @@ class BatchTransforms(Callback):
         return Generator().manual_seed(int.from_bytes(digest, "little"))
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        try:
-            images = batch if isinstance(batch, Tensor) and self.labels is None else _item(batch, self.images)
-            labels = None if self.labels is None else _item(batch, self.labels)
-        except (KeyError, IndexError, TypeError, AttributeError):
-            images = labels = None
-        if (
-            not isinstance(images, Tensor)
-            or not (labels is None or isinstance(labels, Tensor))
-            or (self.labels is not None and labels is None)
-        ):
+        found: list[Any] = []
+        for where in (self.images, self.labels):
+            try:
+                found.append(None if where is None else _item(batch, where))
+            except (KeyError, IndexError, TypeError, AttributeError):
+                found.append(None)
+        images, labels = found
+        if isinstance(batch, Tensor):  # its rows are samples, not images and labels
+            images, labels = batch if self.labels is None else None, None
+        if not isinstance(images, Tensor) or isinstance(labels, Tensor) != (self.labels is not None):
             condition = f"one with tensors at images={self.images!r} and labels={self.labels!r}"
             fix = "Say where they are with images= and labels=, or labels=None for images alone"
             raise TypeError(message("BatchTransforms", "batch", condition, describe(batch), fix))

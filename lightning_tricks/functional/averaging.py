@@ -21,7 +21,7 @@ def check_decay(owner: str, decay: float) -> None:
         >>> check_decay("EMA", 0.999)
     """
     fix = "It is the weight of the old average: 0.999 averages over about the last 1,000 steps"
-    check_number(owner, "decay", decay, "in [0, 1)", fix, 0 <= decay < 1)
+    check_number(owner, "decay", decay, "in [0, 1)", fix, lambda value: 0 <= value < 1)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The one form of error message, and the checks of plain numbers that every constructor needs."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 
@@ -22,20 +23,22 @@ def message(owner: str, name: str, condition: str, got: Any, fix: str) -> str:
     return f"{owner}: {name} must be {condition}, got {got!r}. {fix}."
 
 
-def check_number(owner: str, name: str, value: Any, condition: str, fix: str, ok: bool) -> None:
+def check_number(
+    owner: str, name: str, value: Any, condition: str, fix: str, ok: Callable[[float], bool] = lambda value: True
+) -> None:
     """Raise unless the value is a finite real number that satisfies its condition.
 
     Args:
         owner, name, condition, fix: as in `message`.
         value: what came.
-        ok: whether the condition holds; only looked at when the value is a finite number.
+        ok: whether the condition holds; only asked of a finite number.
     Raises:
         TypeError: the value is no int or float (a bool is neither).
-        ValueError: it is not finite, or `ok` is false.
+        ValueError: it is not finite, or `ok` says no.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message(owner, name, f"a number {condition}", value, fix))
-    if not (math.isfinite(value) and ok):
+    if not (math.isfinite(value) and ok(value)):
         raise ValueError(message(owner, name, condition, value, fix))
 
 

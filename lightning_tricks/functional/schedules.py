@@ -65,9 +65,9 @@ def check_duration(owner: str, name: str, value: Any) -> None:
         if not _EPOCHS.fullmatch(value):
             raise ValueError(message(owner, name, "epochs written as '3ep'", value, fix))
     elif isinstance(value, float):
-        check_number(owner, name, value, "in (0, 1) when it is a float (fraction of the run)", fix, 0 < value < 1)
+        check_number(owner, name, value, "in (0, 1) when it is a float (fraction of the run)", fix, lambda x: 0 < x < 1)
     else:
-        check_number(owner, name, value, "at least 0 when it is an int (optimizer steps)", fix, not value < 0)
+        check_number(owner, name, value, "at least 0 when it is an int (optimizer steps)", fix, lambda x: x >= 0)
 
 
 def duration_in_steps(owner: str, name: str, duration: Duration, total_steps: float) -> float:
@@ -128,7 +128,7 @@ def resolve_epochs(schedule: Any, steps_per_epoch: float) -> Any:
 
 def _check_factor(owner: str, name: str, value: Any) -> None:
     fix = "It multiplies the base value: 1.0 keeps it, 0.0 switches it off"
-    check_number(owner, name, value, "finite and at least 0 (factor of the base value)", fix, not value < 0)
+    check_number(owner, name, value, "finite and at least 0 (factor of the base value)", fix, lambda x: x >= 0)
 
 
 @dataclass(frozen=True)

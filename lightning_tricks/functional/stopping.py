@@ -85,7 +85,10 @@ class Patience:
         check_count(owner, "patience", self.patience, 0, "validation checks", "Try 5")
         check_count(owner, "ignore_first", self.ignore_first, 0, "validation checks", "0 ignores none")
         fix = "It is the smallest improvement that counts"
-        check_number(owner, "min_delta", self.min_delta, "at least 0", fix, self.min_delta >= 0)
+        check_number(owner, "min_delta", self.min_delta, "at least 0", fix, lambda value: value >= 0)
+        for name in ("stopping_threshold", "divergence_threshold"):
+            if (threshold := getattr(self, name)) is not None:
+                check_number(owner, name, threshold, "finite", "It is a value of the score; None switches it off")
         if self.mode not in ("min", "max"):
             fix = "A loss wants 'min', an accuracy 'max'"
             raise ValueError(message(owner, "mode", "'min' or 'max'", self.mode, fix))

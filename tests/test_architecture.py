@@ -1,0 +1,142 @@
+"""The house stays as designed: imports point one way, and every public name is documented in full."""
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_tricks as lt
+
+ROOT = Path(lt.__file__).parent
+LAYERS = {"functional", "labels", "losses", "transforms", "loggers", "callbacks", "__init__"}
+MAY_IMPORT = {
+    "functional": {"functional"},
+    "labels": {"functional"},
+    "losses": {"functional", "labels"},
+    "transforms": {"functional", "labels"},
+    "loggers": set(),
+    "callbacks": {"functional", "labels", "losses", "transforms", "loggers", "callbacks"},
+    "__init__": LAYERS,
+}
+OUTSIDE = {
+    "functional": {"torch"},
+    "labels": {"torch"},
+    "losses": {"torch"},
+    "transforms": {"torch"},
+    "loggers": {"lightning"},
+    "callbacks": {"torch", "lightning"},
+    "__init__": set(),
+}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def layer_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """Every module that a file imports, wherever in the file; relative imports are resolved."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: import by the full name"
+            if node.module == "lightning_tricks":
+                names += [f"lightning_tricks.{alias.name}" for alias in node.names]
+            else:
+                names.append(node.module)
+    return names
+
+
+def broken_rules(path):
+    layer, broken = layer_of(path), []
+    for name in imported(path):
+        first, _, rest = name.partition(".")
+        if first == "lightning_tricks":
+            if rest.split(".")[0] not in MAY_IMPORT[layer]:
+                broken.append(name)
+        elif first not in OUTSIDE[layer] | set(sys.stdlib_module_names):
+            broken.append(name)
+    return broken
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    assert layer_of(path) in LAYERS
+    assert broken_rules(path) == []
+
+
+def test_the_rule_sees_a_forbidden_import(tmp_path, monkeypatch):
+    bad = tmp_path / "functional" / "bad.py"
+    bad.parent.mkdir()
+    bad.write_text("import wandb\ndef f():\n    from lightning_tricks.callbacks import EMA\n    import lightning\n")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert broken_rules(bad) == ["wandb", "lightning_tricks.callbacks", "lightning"]
+
+
+def test_only_the_edge_knows_wandb():
+    assert [path.name for path in FILES if any(name.startswith("wandb") for name in imported(path))] == []
+    mentions = [path.name for path in FILES if "wandb" in path.read_text().lower()]
+    assert set(mentions) <= {"loggers.py"}
+
+
+PUBLIC = {name: getattr(lt, name) for name in lt.__all__ if not inspect.ismodule(getattr(lt, name))}
+PUBLISHED = {
+    "Cosine": "1608.03983",
+    "Cutout": "1708.04552",
+    "EMA": "1703.01780",
+    "EarlyStopping": "Prechelt",
+    "LRSchedule": "1706.02677",
+    "LabelSmoothing": "1512.00567",
+    "LabelSmoothingCrossEntropy": "1512.00567",
+    "MixedLabels": "1710.09412",
+    "Mixup": "1710.09412",
+    "UpdateMonitor": "Karpathy",
+    "Warmup": "1706.02677",
+    "WarmupCosine": "1706.02677",
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_is_documented_in_full(name):
+    item = PUBLIC[name]
+    doc = inspect.getdoc(item)
+    first = doc.splitlines()[0]
+    assert first.endswith(".")
+    assert len(first) <= 120
+    assert ">>> " in doc.partition("Example:")[2]
+    assert len([line for line in doc.splitlines() if line.strip().startswith((">>>", "..."))]) <= 5
+    parameters = [p for p in inspect.signature(item).parameters if p not in ("args", "kwargs")]
+    if parameters:
+        arguments = doc.partition("Args:\n")[2]
+        for parameter in parameters:
+            assert f"\n    {parameter}:" in "\n" + arguments or f" {parameter}:" in arguments
+        assert "Raises:" in doc
+    if not inspect.isclass(item) or "__call__" in vars(item) or "forward" in vars(item):
+        assert "Returns:" in doc
+    if name in PUBLISHED:
+        assert PUBLISHED[name] in doc.partition("References:")[2]
+
+
+def test_every_trick_that_was_published_says_where():
+    plain = {"BatchTransforms", "Constant", "Linear", "soft_targets"}
+    assert set(PUBLIC) - plain == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_assert_checks_what_a_user_gives(path):
+    """An assert may tell the type checker what holds; it never has a message for a user."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Assert):
+            assert node.msg is None
+
+
+def test_names_of_the_contract_are_there():
+    names = """LRSchedule EMA EarlyStopping BatchTransforms UpdateMonitor Constant Linear Cosine Warmup WarmupCosine
+    Mixup Cutout LabelSmoothing MixedLabels soft_targets LabelSmoothingCrossEntropy functional schedules callbacks"""
+    assert set(names.split()) <= set(lt.__all__)
+    assert sorted(lt.__all__) == sorted(set(lt.__all__))
+    assert lt.schedules is lt.functional.schedules

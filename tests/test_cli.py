@@ -1,0 +1,108 @@
+"""Every callback and value can be built from YAML by LightningCLI."""
+
+import pytest
+import yaml
+from kit import Net, loader
+from lightning.pytorch.cli import LightningCLI
+
+import lightning as L
+import lightning_tricks as lt
+
+TRICKS = """
+- class_path: lightning_tricks.LRSchedule
+  init_args:
+    schedule:
+      class_path: lightning_tricks.Warmup
+      init_args:
+        duration: 1ep
+        start: 0.1
+        then:
+          class_path: lightning_tricks.Cosine
+          init_args: {end: 0.01}
+    total_steps: 12
+- class_path: lightning_tricks.EMA
+  init_args: {decay: 0.9}
+- class_path: lightning_tricks.EarlyStopping
+  init_args: {monitor: val/loss, patience: 5, ignore_first: 1, restore_best: true, min_delta: 0.001}
+- class_path: lightning_tricks.BatchTransforms
+  init_args:
+    transforms:
+    - class_path: lightning_tricks.Cutout
+      init_args: {size: 2}
+    - class_path: lightning_tricks.Mixup
+      init_args: {alpha: 0.2}
+    - class_path: lightning_tricks.LabelSmoothing
+      init_args: {smoothing: 0.1}
+    seed: 1
+- class_path: lightning_tricks.UpdateMonitor
+  init_args: {every_n_steps: 2}
+"""
+
+
+class Data(L.LightningDataModule):
+    def train_dataloader(self):
+        return loader()
+
+    def val_dataloader(self):
+        return loader(8, seed=5)
+
+
+def run(config, tmp_path):
+    path = tmp_path / "tricks.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return LightningCLI(Net, Data, args=["fit", "--config", str(path)])
+
+
+def config_with(callbacks):
+    options = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+    return {"seed_everything": 3, "trainer": {**options, **quiet, "callbacks": callbacks}}
+
+
+def test_a_run_from_yaml(tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")  # LightningCLI sets it; taken back after the test
+    cli = run(config_with(yaml.safe_load(TRICKS)), tmp_path)
+    schedule, ema, stop, transforms, monitor = cli.trainer.callbacks[:5]
+    assert schedule.schedule == lt.Warmup("1ep", lt.Cosine(0.01), start=0.1)
+    assert ema.updates == 12
+    assert (stop.checks, stop.ignore_first, stop.restore_best) == (2, 1, True)
+    assert transforms.transforms == [lt.Cutout(2), lt.Mixup(0.2), lt.LabelSmoothing(0.1)]
+    assert monitor.every_n_steps == 2
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.01)
+
+
+@pytest.mark.parametrize(
+    ("class_path", "init_args", "expected"),
+    [
+        ("WarmupCosine", {"warmup": 0.05, "end": 0.1}, lt.WarmupCosine(0.05, 0.1)),
+        ("WarmupCosine", {"warmup": 500}, lt.WarmupCosine(500)),
+        ("WarmupCosine", {"warmup": "3ep"}, lt.WarmupCosine("3ep")),
+        ("Linear", {"start": 1.0, "end": 0.1}, lt.Linear(1.0, 0.1)),
+        ("Constant", {"value": 0.5}, lt.Constant(0.5)),
+        ("Cosine", {}, lt.Cosine()),
+    ],
+)
+def test_every_schedule_from_yaml(class_path, init_args, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    schedule = {"class_path": f"lightning_tricks.{class_path}", "init_args": init_args}
+    callback = {"class_path": "lightning_tricks.LRSchedule", "init_args": {"schedule": schedule, "total_steps": 1000}}
+    config = config_with([callback])
+    config["trainer"]["max_epochs"] = 0
+    cli = run(config, tmp_path)
+    assert cli.trainer.callbacks[0].schedule == expected
+
+
+def test_wrong_value_in_yaml_is_said_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    with pytest.raises((SystemExit, ValueError)) as error:
+        run(config_with([{"class_path": "lightning_tricks.EMA", "init_args": {"decay": 1.5}}]), tmp_path)
+    assert "decay must be in [0, 1), got 1.5" in str(error.value) + capsys.readouterr().err
+
+
+def test_config_that_the_cli_saves_builds_the_same_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    first = run(config_with(yaml.safe_load(TRICKS)), tmp_path)
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    (tmp_path / "config.yaml").unlink()
+    second = run(saved, tmp_path)
+    assert [c.settings for c in second.trainer.callbacks[:5]] == [c.settings for c in first.trainer.callbacks[:5]]
