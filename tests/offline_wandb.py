@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,25 @@ def _records(data: bytes) -> Any:
             parts = b""
 
 
+def _finished(path: Path, patience: float = 60.0) -> list[wandb_internal_pb2.Record]:
+    """All records of a run, once its last is there: W&B writes them from another process."""
+    end = time.monotonic() + patience
+    while True:
+        records = []
+        for payload in _records(path.read_bytes()):
+            records.append(wandb_internal_pb2.Record())
+            records[-1].ParseFromString(payload)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        assert time.monotonic() < end, f"the run was not finished: {path}"
+        time.sleep(0.05)
+
+
 def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows in the order they were logged, and the configuration."""
     (path,) = folder.glob("*.wandb")
     rows, config = [], {}
-    for payload in _records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(payload)
+    for record in _finished(path):
         kind = record.WhichOneof("record_type")
         if kind == "history":
             items = record.history.item

@@ -1,0 +1,262 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kit import MemoryLogger, Net, fit, plugin_that_skips
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
+
+import lightning_tricks as lt
+
+
+def norm(values):
+    """An explicit loop in double precision."""
+    return math.sqrt(sum(float(x) ** 2 for tensor in values for x in tensor.detach().double().flatten()))
+
+
+class Oracle(Callback):
+    """Norms of each step from copies of the weights and gradients, module by module."""
+
+    def __init__(self):
+        self.rows, self.before, self.gradients = {}, {}, {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        for name, p in pl_module.named_parameters():
+            if p.grad is not None:
+                self.gradients[name] = p.grad.clone()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.fit_loop._should_accumulate():
+            return
+        after = dict(pl_module.named_parameters())
+        groups = {"total": list(self.before)}
+        for name in self.before:
+            groups.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        row = {}
+        for group, names in groups.items():
+            row[f"grad_norm/{group}"] = norm(self.gradients[name] for name in names if name in self.gradients)
+            row[f"weight_norm/{group}"] = norm(self.before[name] for name in names)
+            change = norm(after[name].detach().double() - self.before[name].double() for name in names)
+            row[f"update_ratio/{group}"] = change / row[f"weight_norm/{group}"]
+        self.rows[trainer.fit_loop.epoch_loop._batches_that_stepped] = row
+
+
+def ours(logger):
+    rows = {step: row for step, row in logger.rows if "update_ratio/total" in row}
+    return {
+        step: {key: x for key, x in row.items() if "/" in key and "norm" in key or "ratio" in key}
+        for step, row in rows.items()
+    }
+
+
+def check(module=None, every=1, rel=1e-5, **options):
+    logger, oracle = MemoryLogger(), Oracle()
+    fit([oracle, lt.UpdateMonitor(every)], module, logger=logger, **options)
+    rows = ours(logger)
+    expected = {step: row for step, row in oracle.rows.items() if (step + 1) % every == 0}
+    assert rows.keys() == expected.keys()
+    assert rows
+    for step, row in rows.items():
+        assert row.keys() == expected[step].keys()
+        for key, value in row.items():
+            assert value == pytest.approx(expected[step][key], rel=rel, abs=1e-12), (step, key)
+    return logger
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_norms_of_every_module_and_in_total(optimizer):
+    logger = check(Net(optimizer=optimizer))
+    groups = {key.removeprefix("update_ratio/") for key in ours(logger)[0] if key.startswith("update_ratio/")}
+    assert groups == {"total", "body.1", "body.2", "head"}
+
+
+def test_only_every_nth_step_is_logged_and_on_lightnings_own_row():
+    logger = check(every=4, log_every_n_steps=4, max_epochs=3)
+    losses = {step for step, row in logger.rows if "train/loss" in row}
+    assert set(ours(logger)) == losses == {3, 7, 11, 15}
+
+
+def test_accumulated_gradients():
+    logger = check(accumulate_grad_batches=4, max_epochs=3)
+    assert len(ours(logger)) == 6
+
+
+def test_gradients_before_clipping_and_updates_after_it():
+    logger = check(gradient_clip_val=0.01)
+    assert all(row["grad_norm/total"] > 0.05 for row in ours(logger).values())
+
+
+def test_scaled_gradients_are_unscaled():
+    logger, plain = MemoryLogger(), MemoryLogger()
+    fit([lt.UpdateMonitor(1)], logger=logger, plugins=[plugin_that_skips(128.0)], max_epochs=1)
+    fit([lt.UpdateMonitor(1)], logger=plain, max_epochs=1)
+    for step, row in ours(logger).items():
+        assert row["grad_norm/total"] == pytest.approx(ours(plain)[step]["grad_norm/total"], rel=0.05)
+
+
+def test_fused_optimizer_under_a_scaler():
+    """It unscales inside its step, so that the hook before it sees scaled gradients."""
+
+    class Fused(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, fused=True)
+
+    logger, plain = MemoryLogger(), MemoryLogger()
+    fit([lt.UpdateMonitor(1)], Fused(), logger=logger, plugins=[plugin_that_skips(128.0)], max_epochs=1)
+    fit([lt.UpdateMonitor(1)], Fused(), logger=plain, max_epochs=1)
+    for step, row in ours(logger).items():
+        assert row["grad_norm/total"] == pytest.approx(ours(plain)[step]["grad_norm/total"], rel=0.05)
+
+
+def test_manual_optimization_with_two_optimizers_of_different_rhythm():
+    class Two(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), lr=0.1), torch.optim.Adam(self.body.parameters(), lr=0.01)
+
+        def training_step(self, batch, batch_idx):
+            first, second = self.optimizers()
+            first.zero_grad()
+            second.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            first.step()
+            if batch_idx % 2:
+                second.step()
+
+    logger, oracle = MemoryLogger(), Oracle()
+    fit([oracle, lt.UpdateMonitor(1)], Two(), logger=logger, max_epochs=1)
+    rows = ours(logger)
+    assert len(rows) == 6
+    for step, row in rows.items():
+        modules = {key.partition("/")[2] for key in row} - {"total"}
+        assert modules == ({"head", "body.1", "body.2"} if step % 2 else {"head"})
+        for module in modules:
+            key = f"update_ratio/{module}"
+            assert row[key] == pytest.approx(oracle.rows[step][key], rel=1e-5)
+
+
+def test_optimizer_past_lightnings_hook():
+    class Raw(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    logger, plain = MemoryLogger(), MemoryLogger()
+    fit([lt.UpdateMonitor(1)], Raw(), logger=logger, max_epochs=1)
+    fit([lt.UpdateMonitor(1)], logger=plain, max_epochs=1)
+    assert ours(logger) == ours(plain)
+
+
+def test_of_several_steps_in_a_batch_the_first_is_measured():
+    class Many(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for _ in range(3):
+                self.optimizers().zero_grad()
+                self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+                self.optimizers().step()
+
+    logger, plain = MemoryLogger(), MemoryLogger()
+    fit([lt.UpdateMonitor(1)], Many(), logger=logger, max_epochs=1, limit_train_batches=1)
+    fit([lt.UpdateMonitor(1)], logger=plain, max_epochs=1, limit_train_batches=1)
+    assert ours(logger) == ours(plain)
+
+
+def test_parameter_at_the_root_tied_unused_and_zero_ones():
+    class Strange(Net):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(1))
+            self.unused = nn.Linear(2, 2)
+            self.twin = nn.Linear(8, 3, bias=False)
+            self.twin.weight = self.head.weight
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.scale.sum()
+
+    logger = MemoryLogger()
+    fit([lt.UpdateMonitor(1)], Strange(), logger=logger, max_epochs=1, limit_train_batches=1)
+    row = ours(logger)[0]
+    assert row["update_ratio/scale"] == math.inf
+    assert (row["grad_norm/unused"], row["update_ratio/unused"]) == (0.0, 0.0)
+    assert "update_ratio/twin" not in row  # its weight is the head's
+
+
+def test_lbfgs_measures_the_gradient_it_starts_from():
+    class Lbfgs(Net):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad], lr=0.1, max_iter=3)
+
+    logger, plain = MemoryLogger(), MemoryLogger()
+    fit([lt.UpdateMonitor(1)], Lbfgs(), logger=logger, max_epochs=1, limit_train_batches=1)
+    fit([lt.UpdateMonitor(1)], logger=plain, max_epochs=1, limit_train_batches=1)
+    assert ours(logger)[0]["grad_norm/total"] == pytest.approx(ours(plain)[0]["grad_norm/total"])
+
+
+def test_without_a_logger_nothing_is_measured():
+    monitor = lt.UpdateMonitor(1)
+    trainer, _ = fit([monitor])
+    assert monitor.last == {}
+    assert not trainer.optimizers[0]._optimizer_step_pre_hooks
+
+
+def test_lightning_told_to_log_nothing():
+    logger = MemoryLogger()
+    fit([lt.UpdateMonitor(1)], logger=logger, log_every_n_steps=0, max_epochs=1)
+    assert ours(logger) == {}
+
+
+def test_one_transfer_and_one_row_a_logged_step(monkeypatch):
+    transfers, original = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: transfers.append(1) or original(self))
+    logger = MemoryLogger()
+    fit([lt.UpdateMonitor(3)], logger=logger, max_epochs=1)
+    assert len(transfers) == 2
+    assert sum("grad_norm/total" in row for _, row in logger.rows) == 2
+    assert all("train/loss" not in row for _, row in logger.rows if "grad_norm/total" in row)
+
+
+def test_several_loggers_have_the_same_values(tmp_path):
+    import csv
+
+    loggers = [MemoryLogger(), CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]
+    fit([lt.UpdateMonitor(2)], logger=loggers, max_epochs=1)
+    with open(tmp_path / "csv" / "version_0" / "metrics.csv") as file:
+        rows = {int(row["step"]): row for row in csv.DictReader(file) if row["update_ratio/total"]}
+    assert rows.keys() == ours(loggers[0]).keys() == {1, 3, 5}
+    for step, row in ours(loggers[0]).items():
+        for key, value in row.items():
+            assert float(rows[step][key]) == pytest.approx(value)
+
+
+def test_module_called_total_is_refused():
+    class Total(Net):
+        def __init__(self):
+            super().__init__()
+            self.total = nn.Linear(2, 2)
+
+    with pytest.raises(ValueError, match="UpdateMonitor: modules must be none called 'total'"):
+        fit([lt.UpdateMonitor(1)], Total(), logger=MemoryLogger())
+
+
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (None, TypeError)])
+def test_every_n_steps_must_be_a_count(value, error):
+    with pytest.raises(error, match=r"UpdateMonitor: every_n_steps must be a whole number of at least 1 \(optimizer"):
+        lt.UpdateMonitor(value)

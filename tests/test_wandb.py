@@ -1,0 +1,39 @@
+"""A real offline run, read back from disk and compared with what the callbacks measured."""
+
+import pytest
+import wandb
+from kit import MemoryLogger, assert_same, fit
+from lightning.pytorch.loggers import WandbLogger
+from offline_wandb import read_run, runs
+from test_contract import CALLBACKS
+
+import lightning_tricks as lt
+
+
+@pytest.fixture
+def logger(tmp_path):
+    yield WandbLogger(save_dir=str(tmp_path), project="tests", offline=True)
+    wandb.finish()
+
+
+def test_rows_and_settings_are_those_of_the_callbacks(logger, tmp_path):
+    memory = MemoryLogger()
+    fit(CALLBACKS["all"](), logger=[logger, memory], max_epochs=2)
+    logger.experiment.finish()
+    (run,) = runs(tmp_path)
+    rows, config = read_run(run)
+    expected = [(step, row) for step, row in memory.rows if "update_ratio/total" in row]
+    got = [row for row in rows if "update_ratio/total" in row]
+    assert len(got) == len(expected) == 6
+    for row, (step, values) in zip(got, expected, strict=True):
+        assert row["trainer/global_step"] == step
+        assert {key: row[key] for key in values} == values
+    assert_same(config["tricks"], memory.hparams["tricks"])
+    assert config["tricks"]["LRSchedule"] == {"schedule": "WarmupCosine(warmup=0.25, end=0.0)", "total_steps": None}
+
+
+def test_two_batch_transforms_are_numbered_in_the_settings():
+    memory = MemoryLogger()
+    fit([lt.BatchTransforms([lt.Cutout(1)]), lt.BatchTransforms([lt.Mixup(0.2)])], logger=memory, max_epochs=1)
+    assert list(memory.hparams["tricks"]) == ["BatchTransforms", "BatchTransforms-2"]
+    assert memory.hparams["tricks"]["BatchTransforms-2"]["transforms"] == ["Mixup(alpha=0.2, per_sample=True)"]
