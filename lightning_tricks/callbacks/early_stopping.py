@@ -4,12 +4,12 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_tricks.callbacks.ema import EMA
+from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES
 from lightning_tricks.callbacks.weights import named_weights
 from lightning_tricks.functional.checks import message
 from lightning_tricks.functional.stopping import Patience, PatienceState, Stop
@@ -107,6 +107,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         self._before_validation: Tensor | None = None
         self._asked_to_stop = False
         self._has_news = False
+        self._fitting = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -124,7 +125,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         if self.restore_best and len(owners) > 1:
             fix = "Both would own the weights that fit ends with; keep it on one"
             raise ValueError(message("EarlyStopping", "restore_best", "True in one callback only", owners, fix))
-        others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, WeightAveraging)]
+        others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, LIGHTNINGS_AVERAGES)]
         if self.restore_best and others:
             fix = "It cannot see what that evaluates, and that overwrites the final weights; use lightning_tricks.EMA"
             raise ValueError(
@@ -132,8 +133,9 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the settings."""
+        """Show the settings; what was asked of an earlier fit is over."""
         log_settings(self, trainer)
+        self._fitting, self._asked_to_stop = True, False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing to check yet: Lightning may end the epoch of a checkpoint once more, without having trained."""
@@ -174,7 +176,21 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the best weights into the module, after an average has taken its place there."""
-        if not self.restore_best:
+        self._end_with_the_best(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the weights there are."""
+        self._fitting = False
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """End with the best weights of a checkpoint too, after which there was nothing to train."""
+        self._end_with_the_best(trainer, pl_module)
+
+    # ------------------------------------------------------------------ what
+
+    def _end_with_the_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        fitting, self._fitting = self._fitting, False
+        if not (fitting and self.restore_best):
             return
         if self.best_weights is None:
             rank_zero_info(f"EarlyStopping: no score of {self.monitor} counted; the last weights are kept.")
@@ -186,8 +202,6 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
             for name, tensor in named_weights(pl_module).items():
                 if name in self.best_weights:
                     tensor.copy_(self.best_weights[name])
-
-    # ------------------------------------------------------------------ what
 
     def _state(self) -> PatienceState:
         return PatienceState(checks=self.checks, waited=self.wait_count, best=self.best_score)

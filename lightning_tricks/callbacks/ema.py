@@ -6,14 +6,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tricks.callbacks.steps import after_real_steps, refuse_sharded, refuse_twins
+from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES, after_real_steps, refuse_sharded, refuse_twins
 from lightning_tricks.callbacks.weights import fingerprint, named_weights, weight_slots
 from lightning_tricks.functional.averaging import can_average, check_decay, ema_
 from lightning_tricks.functional.checks import message
@@ -77,7 +77,7 @@ class EMA(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot be averaged, and a second owner of the evaluated weights."""
         refuse_twins(self, trainer, "the weights that are evaluated")
-        others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, WeightAveraging)]
+        others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, LIGHTNINGS_AVERAGES)]
         if others:
             fix = "Both would own the weights that are evaluated; keep one"
             raise ValueError(message("EMA", "callbacks", "the only one that averages", others, fix))
@@ -147,6 +147,7 @@ class EMA(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Follow the module to the device that Lightning leaves it on."""
+        self.finish(trainer, pl_module)  # where there was nothing to train, nobody has
         if self._raw is not None and self._slots:
             here = self._tensors(list(self._raw))
             self._average = {name: tensor.data for name, tensor in here.items()}

@@ -6,7 +6,8 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
@@ -124,6 +125,10 @@ class LRSchedule(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a second owner of the learning rate."""
         refuse_twins(self, trainer, "the learning rate")
+        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
+            fix = "Both would own the learning rate; use lightning_tricks.EMA to average"
+            got = "StochasticWeightAveraging"
+            raise ValueError(message("LRSchedule", "callbacks", "the only one that sets the rate", got, fix))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the schedulers before Lightning restores a checkpoint; the length of the run is not known yet."""
@@ -141,7 +146,8 @@ class LRSchedule(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Forget an earlier fit: the steps are the checkpoint's."""
-        self._steps = []
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._steps = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the length from the run, set the rates of the first step, and count real steps from here."""

@@ -3,11 +3,15 @@
 from collections.abc import Callable, Iterable
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tricks.functional.checks import message
+
+LIGHTNINGS_AVERAGES = (WeightAveraging, StochasticWeightAveraging)
+"""Lightning's own callbacks that own the weights a run ends with."""
 
 
 def is_real_step(optimizer: Optimizer) -> bool:

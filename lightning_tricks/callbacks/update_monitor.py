@@ -178,4 +178,5 @@ class UpdateMonitor(Callback):
 
 def _group(name: str) -> str:
     """The module that owns a parameter; the parameter itself where that is the root."""
+    name = name.replace("_orig_mod.", "")  # of a compiled submodule
     return name.rpartition(".")[0] or name

@@ -309,6 +309,23 @@ def test_stages_without_fit_see_the_module_as_it_is(name):
 
 
 @every_callback
+def test_fit_with_nothing_to_train(name, tmp_path):
+    module = Net()
+    fit(CALLBACKS[name](), module, max_epochs=0)
+    assert_same(snapshot(module), snapshot(Net()))
+    assert hooks_left(module) == []
+
+    trainer, module = fit([*CALLBACKS[name](), every_epoch(tmp_path)])
+    end = snapshot(module)
+    trainer.fit(module, loader(), loader(8, seed=5))  # max_epochs was reached
+    assert_same(snapshot(module), end)
+
+    _, resumed = fit([*CALLBACKS[name](), every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert_same(snapshot(resumed), end)
+    assert hooks_left(resumed) == []
+
+
+@every_callback
 def test_fast_dev_run(name):
     trainer, module = fit(CALLBACKS[name](), fast_dev_run=True)
     assert trainer.global_step == 1

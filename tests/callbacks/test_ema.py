@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kit import Net, ResumableLoader, assert_same, every_epoch, fit, loader, make_trainer, plugin_that_skips, snapshot
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -147,7 +153,7 @@ def test_module_that_writes_its_own_state_dict():
             return super().load_state_dict({k.removeprefix("renamed."): v for k, v in state.items()}, strict, assign)
 
     oracle = Oracle()
-    trainer, module = fit([lt.EMA(decay=0.9), oracle], Renames())
+    trainer, _ = fit([lt.EMA(decay=0.9), oracle], Renames())
     checkpoint = trainer._checkpoint_connector.dump_checkpoint()
     for name, value in parameters(oracle.averaged.module).items():
         assert_same(checkpoint["state_dict"][f"renamed.{name}"], value)
@@ -231,7 +237,7 @@ def test_lightnings_own_averaging_reads_our_checkpoint(tmp_path):
     oracle = Oracle()
     fit([lt.EMA(decay=0.9), oracle, every_epoch(tmp_path)], max_epochs=1)
     theirs = EMAWeightAveraging(decay=0.9, use_buffers=False)
-    trainer, module = fit([theirs, every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=1)
+    _, module = fit([theirs, every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=1)
     assert_same(learned(theirs._average_model.module.state_dict()), parameters(oracle.averaged.module))
     assert_same(learned(module.state_dict()), learned(oracle.raw))
 
@@ -482,6 +488,8 @@ def test_decay_of_another_type(decay):
 def test_lightnings_averaging_beside_ours_is_refused():
     with pytest.raises(ValueError, match="EMA: callbacks must be the only one that averages, got"):
         fit([lt.EMA(), EMAWeightAveraging()])
+    with pytest.raises(ValueError, match="EMA: callbacks must be the only one that averages, got"):
+        fit([lt.EMA(), StochasticWeightAveraging(swa_lrs=0.1)])
 
 
 def test_half_precision_weights_are_refused():

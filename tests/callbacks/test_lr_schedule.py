@@ -3,7 +3,12 @@ import logging
 import pytest
 import torch
 from kit import MemoryLogger, Net, every_epoch, fit, loader, make_trainer
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    StochasticWeightAveraging,
+)
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -306,6 +311,11 @@ def test_scheduler_of_the_module_is_refused():
 
     with pytest.raises(ValueError, match=r"LRSchedule: schedulers must be the only one .* got \['StepLR'\]"):
         fit([lt.LRSchedule(lt.Linear())], Scheduled())
+
+
+def test_lightnings_swa_is_refused():
+    with pytest.raises(ValueError, match="LRSchedule: callbacks must be the only one that sets the rate"):
+        fit([lt.LRSchedule(lt.Linear()), StochasticWeightAveraging(swa_lrs=0.1)])
 
 
 @pytest.mark.parametrize("schedule", [None, 0.1, lt.Cosine])

@@ -49,7 +49,7 @@ class Oracle(Callback):
 def ours(logger):
     rows = {step: row for step, row in logger.rows if "update_ratio/total" in row}
     return {
-        step: {key: x for key, x in row.items() if "/" in key and "norm" in key or "ratio" in key}
+        step: {key: x for key, x in row.items() if ("/" in key and "norm" in key) or "ratio" in key}
         for step, row in rows.items()
     }
 
