@@ -1,11 +1,11 @@
 """Every callback and value can be built from YAML by LightningCLI."""
 
+import lightning as L
 import pytest
 import yaml
 from kit import Net, loader
 from lightning.pytorch.cli import LightningCLI
 
-import lightning as L
 import lightning_tricks as lt
 
 TRICKS = """
