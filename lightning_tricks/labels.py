@@ -1,29 +1,42 @@
 """Labels that remember they were mixed or smoothed, and dense targets of any labels."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
-from lightning_tricks.functional.checks import check_number, message
+from lightning_tricks.functional.checks import message
+from lightning_tricks.functional.cross_entropy import Component, check_smoothing, mixed_nll
 from lightning_tricks.functional.mixing import mixup
 
-Component: TypeAlias = tuple[Tensor, Tensor]
-"""Labels and the share they have in the target, of one shape."""
 
-# What rearranges, moves or copies labels, or casts them to another integer type: the result is mixed labels still.
-_KEEP = frozenset(
-    (
-        "__getitem__ chunk clone contiguous detach expand expand_as flatten flip index_select masked_select "
-        "movedim narrow permute pin_memory ravel repeat repeat_interleave reshape reshape_as roll select split squeeze "
-        "swapaxes t tile transpose unbind unflatten unsqueeze view view_as"
-    ).split()
-)
-_MOVES = frozenset(["cpu", "cuda", "int", "long", "short", "to", "type", "type_as"])
-_FLOAT_CASTS = frozenset(["float", "double", "half", "bfloat16", "cfloat", "cdouble", "chalf"])
+def _functions(names: str) -> frozenset[Any]:
+    """These functions of torch, as functions and as methods."""
+    found = (getattr(owner, name, None) for owner in (torch.Tensor, torch) for name in names.split())
+    return frozenset(function for function in found if function is not None)
+
+
+# What rearranges, copies, moves or casts labels to another integer type: the result is mixed labels still.
+_KEEP = _functions(
+    "__getitem__ broadcast_to chunk clone contiguous detach diagonal expand expand_as flatten flip gather index_select "
+    "masked_select moveaxis movedim narrow permute pin_memory ravel repeat repeat_interleave reshape reshape_as roll "
+    "select split squeeze swapaxes swapdims t take tensor_split tile transpose unbind unflatten unsqueeze"
+) | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+# Of the shares a view may not exist where one of the labels does.
+_VIEWS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.view: torch.Tensor.reshape,
+    torch.Tensor.view_as: torch.Tensor.reshape_as,
+}
+_MOVES = _functions("byte char cpu cuda int long short to type type_as")
+_FLOAT_CASTS = _functions("float double half bfloat16 cfloat cdouble chalf")
+_IN_PLACE = _functions(
+    " ".join(name for name in dir(torch.Tensor) if name.endswith("_") and not name.endswith("__"))
+    + " __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__"
+    + " __ilshift__ __irshift__"
+) | {torch.Tensor.data.__set__}  # type: ignore[attr-defined]
 WAYS_OUT = (
     "Use F.cross_entropy, F.nll_loss or a loss of lightning_tricks; or take dense (N, K) probabilities, from "
     "soft_targets(labels, num_classes) or BatchTransforms(targets='soft', num_classes=K); or, where the loss needs no "
@@ -43,7 +56,8 @@ class MixedLabels(Tensor):
     target, with their own `weight`, `ignore_index`, `label_smoothing` and `reduction`. With class weights w, "mean"
     divides by the sum over samples of `weight * w[labels] + (1 - weight) * w[partner]`; a component whose label is
     `ignore_index` counts neither there nor in the loss. Operations on shape, index and device, casts to integers,
-    `clone`, `detach` and `contiguous` keep the mix; every other operation sees and returns plain tensors.
+    `clone`, `detach` and `contiguous` keep the mix; every other operation, and every one without gradients (as metrics
+    are updated), sees and returns plain tensors.
 
     Args:
         labels: (N,) or (N, H, W) integers, the labels of the original samples.
@@ -51,9 +65,10 @@ class MixedLabels(Tensor):
         weight: share of the original sample in the mix, in [0, 1]; broadcasts to the shape of `labels`.
         smoothing: epsilon of label smoothing, in [0, 1].
     Raises:
-        TypeError: labels that are no integers, an in-place change, a cast to floating point, or an operation that does
-            not know mixed labels and whose result requires a gradient: it would train on the dominant labels alone.
-        ValueError: a smoothing outside [0, 1], or shapes that do not fit.
+        TypeError: labels or a partner that are no integers, or are mixed already.
+        ValueError: a smoothing outside [0, 1], or shapes that do not fit; later an in-place change, a cast to floating
+            point, or an operation that does not know mixed labels and whose result requires a gradient: it would train
+            on the dominant labels alone.
     References:
         Zhang et al., 2018, arXiv:1710.09412, eq. 1; Szegedy et al., 2016, arXiv:1512.00567, section 7.
         Deviates: the loss is normalised as for integer labels, so that an unmixed batch keeps the user's loss.
@@ -73,20 +88,22 @@ class MixedLabels(Tensor):
     ) -> "MixedLabels":
         check_smoothing("MixedLabels", smoothing)
         for name, value in (("labels", labels), ("partner", labels if partner is None else partner)):
-            if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
-                got = getattr(value, "dtype", type(value))
-                fix = "Floating targets are mixed as numbers and need no MixedLabels"
+            if not isinstance(value, Tensor) or isinstance(value, MixedLabels) or _is_floating(value):
+                got: Any = value.dtype if type(value) is Tensor else type(value)
+                fix = "Floating targets are mixed as numbers; labels that are mixed already are by mix_labels"
                 raise TypeError(message("MixedLabels", name, "a tensor of integers", got, fix))
         share = torch.as_tensor(weight, dtype=torch.float32, device=labels.device)
         try:
-            share = share.expand(labels.shape)
+            share = share.expand(labels.shape).contiguous()
         except RuntimeError:
-            got, fix = tuple(share.shape), "Give (N,) weights, with a dimension of 1 for each further one of the labels"
+            got = tuple(share.shape)
+            fix = "Give (N,) weights, with a dimension of 1 for each further one of the labels"
             raise ValueError(message("MixedLabels", "weight", f"of shape {tuple(labels.shape)}", got, fix)) from None
         if partner is None:
             return cls._of(((labels, torch.ones_like(share)),), smoothing)
         if partner.shape != labels.shape:
-            got, fix = tuple(partner.shape), "Take labels[permutation]"
+            got = tuple(partner.shape)
+            fix = "Take labels[permutation]"
             raise ValueError(message("MixedLabels", "partner", f"of shape {tuple(labels.shape)}", got, fix))
         return cls._of(((labels, share), (partner, 1 - share)), smoothing)
 
@@ -124,28 +141,30 @@ class MixedLabels(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
         if func is F.cross_entropy and isinstance(_target(args, kwargs), MixedLabels):
             return _cross_entropy(*args, **kwargs)
         if func is F.nll_loss and isinstance(_target(args, kwargs), MixedLabels):
             return _nll_loss(*args, **kwargs)
-        name = getattr(func, "__name__", str(func))
-        if name == "one_hot":
-            return _one_hot(*args, **kwargs)
-        if _changes_in_place(name) or "out" in kwargs:
+        first = args[0] if args else None
+        if isinstance(kwargs.get("out"), MixedLabels) or (func in _IN_PLACE and isinstance(first, MixedLabels)):
             fix = "Change them in the data set, before they are mixed, or leave label mixing out"
-            raise TypeError(message("MixedLabels", "labels", "left unchanged once they are mixed", name, fix))
+            raise ValueError(message("MixedLabels", "labels", "left unchanged once they are mixed", _name(func), fix))
         result = func(*_plain(args), **_plain(kwargs))
-        if name in _FLOAT_CASTS or (name in _MOVES and isinstance(result, Tensor) and result.is_floating_point()):
-            condition = "integers: a cast to floating point loses the mix"
-            raise TypeError(message("MixedLabels", "labels", condition, name, WAYS_OUT))
-        if (name in _KEEP or name in _MOVES) and isinstance(args[0], MixedLabels) and not isinstance(result, str):
-            return _rearranged(args[0], func, args, kwargs, result, moved=name in _MOVES)
+        # Metrics are updated without gradients; what they see and keep is plain.
+        if isinstance(first, MixedLabels) and torch.is_grad_enabled():
+            if func in _FLOAT_CASTS or (func in _MOVES and _is_floating(result)):
+                condition = "integers: a cast to floating point loses the mix"
+                raise ValueError(message("MixedLabels", "labels", condition, _name(func), WAYS_OUT))
+            if func in _KEEP or func in _VIEWS or func in _MOVES:
+                return _rearranged(first, func, args[1:], kwargs, result)
         if _requires_grad(result):
             condition = (
                 "used by a loss that knows mixed labels; here a gradient would come from the dominant labels alone"
             )
-            raise TypeError(message("MixedLabels", "labels", condition, name, WAYS_OUT))
+            raise ValueError(message("MixedLabels", "labels", condition, _name(func), WAYS_OUT))
         return result
 
 
@@ -154,9 +173,11 @@ def _rebuild(components: tuple[Component, ...], smoothing: float, plain: Tensor)
 
 
 def _dominant(components: tuple[Component, ...]) -> Tensor:
-    label, best = components[0]
-    for other, share in components[1:]:
-        label, best = torch.where(share > best, other, label), torch.maximum(best, share)
+    """The label with the largest share in all, of equal ones the first."""
+    label, best = components[0][0], torch.full_like(components[0][1], -1.0)
+    for own, _ in components:
+        total = sum((share * (other == own) for other, share in components), torch.zeros_like(best))
+        label, best = torch.where(total > best, own, label), torch.maximum(best, total)
     return label
 
 
@@ -164,12 +185,13 @@ def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[1] if len(args) > 1 else kwargs.get("target")
 
 
-def _changes_in_place(name: str) -> bool:
-    if name.startswith("__"):
-        return name == "__setitem__" or (
-            name.startswith("__i") and name not in ("__index__", "__int__", "__invert__", "__iter__")
-        )
-    return name.endswith("_")
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    return f"{func.__self__.__name__} {name}" if name in ("__get__", "__set__") else name
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _plain(value: Any) -> Any:
@@ -190,24 +212,24 @@ def _requires_grad(value: Any) -> bool:
 
 
 def _rearranged(
-    mixed: MixedLabels,
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    result: Any,
-    moved: bool,
+    mixed: MixedLabels, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
 ) -> Any:
-    rest, kwargs = _plain(args[1:]), _plain(kwargs)
+    """What a function that keeps the mix makes of mixed labels; `result` is what it made of the dominant ones."""
+    several = isinstance(result, (tuple, list))
+    plains = list(result) if several else [result]
+    if not all(isinstance(plain, Tensor) for plain in plains) or any(_is_floating(plain) for plain in plains):
+        return result  # the name of a type, or bits read as numbers
+    args, kwargs = _plain(args), _plain(kwargs)
+    apply: Callable[..., Any] = _VIEWS.get(func, func)
 
-    def apply(part: Tensor, share: bool) -> list[Tensor]:
-        if share and moved:
-            return [part.to(result.device)]  # a cast to integers is not for shares
-        new = func(part, *rest, **kwargs)
-        return list(new) if isinstance(new, (tuple, list)) else [new]
+    def rearrange(part: Tensor, is_share: bool) -> list[Tensor]:
+        if is_share and func in _MOVES:
+            return [part.to(plains[0].device)]  # a cast to integers is not for shares
+        new = apply(part, *args, **kwargs)
+        return list(new) if several else [new]
 
-    plains = list(result) if isinstance(result, (tuple, list)) else [result]
-    labels = [apply(own, share=False) for own, _ in mixed._components]
-    shares = [apply(share, share=True) for _, share in mixed._components]
+    labels = [rearrange(own, is_share=False) for own, _ in mixed._components]
+    shares = [rearrange(share, is_share=True) for _, share in mixed._components]
     wrapped = [
         MixedLabels._of(
             tuple((own[i], share[i]) for own, share in zip(labels, shares, strict=True)),
@@ -217,13 +239,7 @@ def _rearranged(
         )
         for i, plain in enumerate(plains)
     ]
-    return type(result)(wrapped) if isinstance(result, (tuple, list)) else wrapped[0]
-
-
-def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """What F.one_hot gives of mixed labels: the dense mix, floating, with the classes in the last dimension."""
-    targets = soft_targets(tensor, num_classes)
-    return targets.movedim(1, -1) if tensor.dim() > 0 else targets
+    return type(result)(wrapped) if several else wrapped[0]
 
 
 def _cross_entropy(
@@ -237,11 +253,11 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     check_smoothing("F.cross_entropy", label_smoothing, name="label_smoothing")
-    if torch.is_autocast_enabled(input.device.type):
-        input = input.float()  # as autocast does for the loss of plain labels
-    log_probs = F.log_softmax(input, dim=min(1, input.dim() - 1))
-    smoothing = 1 - (1 - target.smoothing) * (1 - label_smoothing)
-    return _mixed_nll(log_probs, target, weight, ignore_index, _reduction(size_average, reduce, reduction), smoothing)
+    log_probs = F.log_softmax(_widened(input), dim=min(1, input.dim() - 1))
+    smoothing = _smoothed_twice(target.smoothing, label_smoothing)
+    reduction = _reduction(size_average, reduce, reduction)
+    target._used[0] = True
+    return mixed_nll(log_probs, target._components, smoothing, weight, ignore_index, reduction)
 
 
 def _nll_loss(
@@ -254,7 +270,18 @@ def _nll_loss(
     reduction: str = "mean",
 ) -> Tensor:
     reduction = _reduction(size_average, reduce, reduction)
-    return _mixed_nll(input, target, weight, ignore_index, reduction, target.smoothing)
+    target._used[0] = True
+    return mixed_nll(_widened(input), target._components, target.smoothing, weight, ignore_index, reduction)
+
+
+def _widened(values: Tensor) -> Tensor:
+    """In float32 under autocast, which does so for the losses of plain labels."""
+    return values.float() if torch.is_autocast_enabled(values.device.type) else values
+
+
+def _smoothed_twice(first: float, second: float) -> float:
+    """1 - (1 - first) * (1 - second), exact where one of them is 0."""
+    return first + second - first * second
 
 
 def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
@@ -263,49 +290,6 @@ def _reduction(size_average: bool | None, reduce: bool | None, reduction: str) -
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     return reduction
-
-
-def _mixed_nll(
-    log_probs: Tensor, target: MixedLabels, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
-) -> Tensor:
-    target._used[0] = True
-    unbatched = log_probs.dim() == 1
-    if unbatched:
-        log_probs = log_probs.unsqueeze(0)
-    uniform: Tensor | None = None
-    if smoothing > 0:
-        weighted = log_probs if weight is None else log_probs * weight.view(-1, *[1] * (log_probs.dim() - 2))
-        uniform = -weighted.mean(dim=1)
-    loss = total = torch.zeros((), dtype=log_probs.dtype, device=log_probs.device)
-    for labels, share in target._components:
-        if unbatched:
-            labels, share = labels.unsqueeze(0), share.unsqueeze(0)
-        valid = labels != ignore_index
-        share = (share * valid).to(log_probs.dtype)
-        nll = F.nll_loss(log_probs, labels, weight, ignore_index=ignore_index, reduction="none")
-        loss = loss + share * (nll if uniform is None else (1 - smoothing) * nll + smoothing * uniform)
-        if reduction == "mean":
-            total = total + (share if weight is None else share * weight[labels.masked_fill(~valid, 0)]).sum()
-    if reduction == "mean":
-        return loss.sum() / total
-    return loss.sum() if reduction == "sum" else loss.squeeze(0) if unbatched else loss
-
-
-def check_smoothing(owner: str, smoothing: float, name: str = "smoothing") -> None:
-    """Raise unless the value is an epsilon of label smoothing, in [0, 1].
-
-    Args:
-        owner: class or function named in the error.
-        smoothing: what came.
-        name: argument named in the error.
-    Raises:
-        TypeError: no number.
-        ValueError: outside [0, 1].
-    Example:
-        >>> check_smoothing("LabelSmoothing", 0.1)
-    """
-    fix = "It is the share of the target spread over all classes, 0.1 as a rule"
-    check_number(owner, name, smoothing, "in [0, 1]", fix, lambda value: 0 <= value <= 1)
 
 
 def mix_labels(labels: Tensor, weight: Tensor, permutation: Tensor) -> Tensor:
@@ -356,7 +340,7 @@ def smooth_labels(labels: Tensor, smoothing: float) -> MixedLabels:
     if not isinstance(labels, MixedLabels):
         return MixedLabels(labels, smoothing=smoothing)
     check_smoothing("smooth_labels", smoothing)
-    combined = 1 - (1 - labels.smoothing) * (1 - smoothing)
+    combined = _smoothed_twice(labels.smoothing, smoothing)
     return MixedLabels._of(labels._components, combined, labels._plain, labels._used)
 
 

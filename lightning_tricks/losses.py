@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tricks.functional.checks import message
-from lightning_tricks.labels import check_smoothing
+from lightning_tricks.functional.cross_entropy import check_smoothing
 
 
 class LabelSmoothingCrossEntropy(nn.Module):

@@ -10,9 +10,10 @@ from typing import Protocol
 from torch import Generator, Tensor
 
 from lightning_tricks.functional.checks import check_count, check_number, message
-from lightning_tricks.functional.erasing import cutout, sample_centers
+from lightning_tricks.functional.cross_entropy import check_smoothing
+from lightning_tricks.functional.erasing import check_images, cutout, sample_centers
 from lightning_tricks.functional.mixing import mixup, sample_mixup
-from lightning_tricks.labels import check_smoothing, mix_labels, smooth_labels
+from lightning_tricks.labels import mix_labels, smooth_labels
 
 
 class Transform(Protocol):
@@ -118,6 +119,7 @@ class Cutout:
         self, images: Tensor, labels: Tensor | None, generator: Generator | None = None, inplace: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the transform; see the class."""
+        check_images("Cutout", images)
         height, width = images.shape[-2:]
         centers = sample_centers(len(images), self.holes, height, width, generator)
         return cutout(images, centers, self.size, self.fill, inplace), labels

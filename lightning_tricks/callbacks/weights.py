@@ -50,6 +50,6 @@ def fingerprint(tensors: Iterable[Tensor]) -> list[int]:
     """
     sums = []
     for tensor in tensors:
-        flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).contiguous().view(-1)
+        flat = (torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).contiguous().view(-1)
         sums.append(flat.view(_INTEGERS[flat.element_size()]).sum(dtype=torch.int64))
     return [int(total) for total in sums]

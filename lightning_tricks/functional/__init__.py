@@ -1,7 +1,8 @@
 """The pure half: torch and the standard library alone, no trainer, no logger, no global random state."""
 
-from lightning_tricks.functional import averaging, checks, erasing, mixing, norms, schedules, stopping
+from lightning_tricks.functional import averaging, checks, cross_entropy, erasing, mixing, norms, schedules, stopping
 from lightning_tricks.functional.averaging import can_average, ema_
+from lightning_tricks.functional.cross_entropy import mixed_nll
 from lightning_tricks.functional.erasing import cutout, sample_centers
 from lightning_tricks.functional.mixing import mixup, sample_beta, sample_mixup
 from lightning_tricks.functional.norms import group_norms, tensor_norms, update_norms
@@ -14,10 +15,12 @@ __all__ = [
     "averaging",
     "can_average",
     "checks",
+    "cross_entropy",
     "cutout",
     "ema_",
     "erasing",
     "group_norms",
+    "mixed_nll",
     "mixing",
     "mixup",
     "norms",

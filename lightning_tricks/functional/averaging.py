@@ -47,7 +47,8 @@ def ema_(average: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> 
         [tensor([1.2500])]
     """
     check_decay("ema_", decay)
-    torch._foreach_lerp_(list(average), list(weights), 1 - decay)
+    if average:
+        torch._foreach_lerp_(list(average), list(weights), 1 - decay)
 
 
 @torch.no_grad()

@@ -6,6 +6,22 @@ from torch import Generator, Tensor
 from lightning_tricks.functional.checks import message
 
 
+def check_images(owner: str, images: Tensor) -> None:
+    """Raise unless these are images of shape (N, C, H, W).
+
+    Args:
+        owner: class or function named in the error.
+        images: what came.
+    Raises:
+        ValueError: another number of dimensions.
+    Example:
+        >>> check_images("Cutout", torch.zeros(2, 1, 8, 8))
+    """
+    if images.dim() != 4:
+        fix = "Add the missing dimension, or leave this transform out"
+        raise ValueError(message(owner, "images", "of shape (N, C, H, W)", tuple(images.shape), fix))
+
+
 def sample_centers(count: int, holes: int, height: int, width: int, generator: Generator | None = None) -> Tensor:
     """Draw the middle of each hole, uniform over the pixels.
 
@@ -50,9 +66,7 @@ def cutout(images: Tensor, centers: Tensor, size: int, fill: float = 0.0, inplac
                   [1., 1., 1.],
                   [1., 1., 1.]]]])
     """
-    if images.dim() != 4:
-        fix = "Add the missing dimension, or leave this transform out"
-        raise ValueError(message("cutout", "images", "of shape (N, C, H, W)", tuple(images.shape), fix))
+    check_images("cutout", images)
     first = centers.to(images.device) - size // 2
     inside = []
     for axis, length in enumerate(images.shape[-2:]):

@@ -20,7 +20,7 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
         >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(2)])
         tensor([5., 0.], dtype=torch.float64)
     """
-    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
     norms: list[Tensor] = [torch.empty(())] * len(real)
     for dtype in {t.dtype for t in real}:
         chosen = [i for i, t in enumerate(real) if t.dtype == dtype]

@@ -290,7 +290,8 @@ class WarmupCosine:
         _check_factor("WarmupCosine", "end", self.end)
 
     def __call__(self, step: float, total_steps: float) -> float:
+        progress("WarmupCosine", step, total_steps)
         duration = duration_in_steps("WarmupCosine", "warmup", self.warmup, total_steps)
-        if 0 <= step < duration:
+        if step < duration:
             return step / duration
         return Cosine(self.end)(step - duration, total_steps - duration)

@@ -100,21 +100,23 @@ class Patience:
         state = state._replace(checks=state.checks + 1, improved=False)
         if state.checks <= self.ignore_first:
             return state, None
+        worst = math.inf if self.mode == "min" else -math.inf
+        best = worst if state.best is None else state.best
         if self.check_finite and not math.isfinite(value):
             return state, Stop("NON_FINITE_METRIC", f"the score {float(value):g} is not finite")
         if (target := self.stopping_threshold) is not None and self._better(value, target):
-            # No earlier score passed the threshold, so this one is the best.
-            state = state._replace(waited=0, best=value, improved=True)
+            if self._better(value, best):  # where min_epochs hold a stop up, an earlier score may have passed it too
+                state = state._replace(waited=0, best=value, improved=True)
             reason = f"the score {float(value):g} is better than stopping_threshold={target:g}"
             return state, Stop("STOPPING_THRESHOLD", reason)
         if (limit := self.divergence_threshold) is not None and self._better(limit, value):
             reason = f"the score {float(value):g} is worse than divergence_threshold={limit:g}"
             return state, Stop("DIVERGENCE_THRESHOLD", reason)
-        worst = math.inf if self.mode == "min" else -math.inf
-        if self._better(value, worst if state.best is None else state.best, self.min_delta):
+        if self._better(value, best, self.min_delta):
             return state._replace(waited=0, best=value, improved=True), None
         state = state._replace(waited=state.waited + 1)
         if state.waited < self.patience:
             return state, None
-        best = "there was no finite score" if state.best is None else f"the best score was {float(state.best):g}"
-        return state, Stop("PATIENCE_EXHAUSTED", f"no improvement in the last {state.waited} checks; {best}")
+        known = f"the best score was {float(best):g}" if math.isfinite(best) else "there was no finite score"
+        reason = f"no improvement in the last {state.waited} checks; {known}"
+        return state, Stop("PATIENCE_EXHAUSTED", reason)

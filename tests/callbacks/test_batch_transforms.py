@@ -362,7 +362,7 @@ def focal(logits, labels):
 
 @pytest.mark.parametrize("loss", [focal, F.multi_margin_loss, lambda x, y: F.mse_loss(x[:, 0], y)])
 def test_loss_that_does_not_know_mixed_labels_is_refused_at_its_line(loss):
-    with pytest.raises(TypeError, match="MixedLabels: labels must be used by a loss that knows.*" + WAYS_OUT):
+    with pytest.raises(ValueError, match="MixedLabels: labels must be used by a loss that knows.*" + WAYS_OUT):
         fit([tricks()], Loss(loss))
 
 
