@@ -119,8 +119,8 @@ def verdict(difference: list[float]) -> str:
     margin = float(stats.t.ppf(0.975, count - 1)) * statistics.stdev(difference) / count**0.5
     word = "within noise of" if abs(mean) <= margin else "better than" if mean > 0 else "worse than"
     return (
-        f"The tricks are {word} the baseline: {mean:+.2f} +/- {margin:.2f} percentage points (95% confidence, {count} pairs of one"
-        " seed each, one split of the data)."
+        f"The tricks are {word} the baseline: {mean:+.2f} +/- {margin:.2f} percentage points (95%"
+        f" confidence, {count} pairs of one seed each, one split of the data)."
     )
 
 

@@ -207,6 +207,13 @@ def test_cutout_fills_squares_and_leaves_the_rest(size, holes):
             assert max(rows, columns) <= size
 
 
+@pytest.mark.parametrize("holes", [1, 3])
+def test_each_image_gets_its_holes(holes):
+    images = torch.ones(50, 1, 40, 60)
+    result, _ = Cutout(1, holes)(images, None, generator())
+    assert (result == 0).sum((1, 2, 3)).max() == holes
+
+
 def test_every_pixel_can_be_cut():
     images = torch.ones(400, 1, 5, 4)
     result, _ = Cutout(1)(images, None, generator())

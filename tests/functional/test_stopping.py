@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_tricks.functional.stopping import Patience, PatienceState, Stop
 
-DYADIC = st.integers(-16, 16).map(lambda n: n / 8)
+DYADIC = st.integers(-8, 8).map(lambda n: n / 16)
 SPECIAL = st.sampled_from([math.nan, math.inf, -math.inf])
-SCORES = DYADIC | DYADIC | DYADIC | st.floats(-2, 2, width=32) | SPECIAL
+SCORES = DYADIC | DYADIC | DYADIC | st.floats(-0.5, 0.5, width=32) | SPECIAL
 RULES = st.fixed_dictionaries(
     {
         "patience": st.integers(0, 3),
@@ -44,12 +44,10 @@ def same(a, b):
     return (a is None and b is None) or torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
-@check
-@given(RULES, st.lists(SCORES, min_size=1, max_size=12))
-def test_decisions_counts_and_best_score_are_lightnings(arguments, scores):
+def assert_lightning_decides_the_same(arguments, scores):
     theirs = EarlyStopping("loss", **arguments)
     rule, state = Patience(**arguments), PatienceState()
-    for score in torch.tensor(scores):
+    for score in scores:
         state, stop = rule(state, score)
         should_stop, _ = theirs._evaluate_stopping_criteria(score)
         assert (stop is not None) == should_stop
@@ -63,6 +61,36 @@ def test_decisions_counts_and_best_score_are_lightnings(arguments, scores):
             assert theirs.best_score.isinf()
         else:
             assert same(state.best, theirs.best_score)
+
+
+@check
+@given(RULES, st.lists(SCORES, min_size=1, max_size=12))
+def test_decisions_counts_and_best_score_are_lightnings(arguments, scores):
+    assert_lightning_decides_the_same(arguments, torch.tensor(scores))
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("patience", range(4))
+@pytest.mark.parametrize("check_finite", [True, False])
+def test_on_noisy_curves_decisions_are_lightnings(mode, patience, check_finite):
+    source = torch.Generator().manual_seed(patience)
+    for min_delta in (0.0, 0.1, 0.25):
+        for threshold in (None, -1.0, 1.0):
+            for _ in range(5):
+                scores = torch.randn(30, generator=source).cumsum(0) / 4
+                scores[torch.randint(30, (2,), generator=source)] = torch.tensor([math.nan, math.inf])
+                arguments = {"mode": mode, "patience": patience, "check_finite": check_finite, "min_delta": min_delta}
+                assert_lightning_decides_the_same({**arguments, "stopping_threshold": threshold}, scores)
+                assert_lightning_decides_the_same({**arguments, "divergence_threshold": threshold}, scores)
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("min", 1), ("max", -1)])
+@pytest.mark.parametrize(("score", "improved"), [(0.5, True), (0.75, False), (0.875, False), (1.25, False)])
+def test_an_improvement_is_larger_than_min_delta(mode, sign, score, improved):
+    state, _ = last(Patience(mode=mode, min_delta=0.25), [sign * 1.0, sign * score])
+    assert state.improved is improved
+    assert state.best == sign * (score if improved else 1.0)
+    assert state.waited == (0 if improved else 1)
 
 
 @check
