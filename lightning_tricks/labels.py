@@ -39,8 +39,8 @@ _IN_PLACE = _functions(
 ) | {torch.Tensor.data.__set__}  # type: ignore[attr-defined]
 WAYS_OUT = (
     "Use F.cross_entropy, F.nll_loss or a loss of lightning_tricks; or take dense (N, K) probabilities, from "
-    "soft_targets(labels, num_classes) or BatchTransforms(targets='soft', num_classes=K); or, where the loss needs no "
-    "labels, BatchTransforms(labels=None)"
+    "soft_targets(labels, num_classes) or BatchTransforms(targets='soft', num_classes=K); or give floating labels in "
+    "the data set, which are mixed as numbers; or, where the loss needs no labels, BatchTransforms(labels=None)"
 )
 
 
@@ -56,8 +56,8 @@ class MixedLabels(Tensor):
     target, with their own `weight`, `ignore_index`, `label_smoothing` and `reduction`. With class weights w, "mean"
     divides by the sum over samples of `weight * w[labels] + (1 - weight) * w[partner]`; a component whose label is
     `ignore_index` counts neither there nor in the loss. Operations on shape, index and device, casts to integers,
-    `clone`, `detach` and `contiguous` keep the mix; every other operation, and every one without gradients (as metrics
-    are updated), sees and returns plain tensors.
+    `clone`, `detach` and `contiguous` keep the mix; every other operation, and every one under `torch.no_grad()` (as
+    in a metric's `update`), sees and returns plain tensors.
 
     Args:
         labels: (N,) or (N, H, W) integers, the labels of the original samples.
@@ -124,7 +124,7 @@ class MixedLabels(Tensor):
 
     @property
     def used(self) -> bool:
-        """Whether a loss that knows mixed labels has seen these, or what was sliced from them."""
+        """Whether a gradient comes from a loss that knows mixed labels, of these or of what was sliced from them."""
         return self._used[0]
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -135,7 +135,10 @@ class MixedLabels(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "MixedLabels":
         components = tuple((labels.clone(), share.clone()) for labels, share in self._components)
-        return MixedLabels._of(components, self.smoothing, self._plain.clone())
+        return MixedLabels._of(components, self.smoothing, self._plain.clone(), self._used)
+
+    def __copy__(self) -> "MixedLabels":
+        return MixedLabels._of(self._components, self.smoothing, self._plain, self._used)
 
     @classmethod
     def __torch_function__(
@@ -170,6 +173,10 @@ class MixedLabels(Tensor):
 
 def _rebuild(components: tuple[Component, ...], smoothing: float, plain: Tensor) -> MixedLabels:
     return MixedLabels._of(components, smoothing, plain)
+
+
+# So that a checkpoint with a metric that keeps labels loads with weights_only=True.
+torch.serialization.add_safe_globals([_rebuild])
 
 
 def _dominant(components: tuple[Component, ...]) -> Tensor:
@@ -256,7 +263,7 @@ def _cross_entropy(
     log_probs = F.log_softmax(_widened(input), dim=min(1, input.dim() - 1))
     smoothing = _smoothed_twice(target.smoothing, label_smoothing)
     reduction = _reduction(size_average, reduce, reduction)
-    target._used[0] = True
+    target._used[0] |= torch.is_grad_enabled() and input.requires_grad
     return mixed_nll(log_probs, target._components, smoothing, weight, ignore_index, reduction)
 
 
@@ -270,7 +277,7 @@ def _nll_loss(
     reduction: str = "mean",
 ) -> Tensor:
     reduction = _reduction(size_average, reduce, reduction)
-    target._used[0] = True
+    target._used[0] |= torch.is_grad_enabled() and input.requires_grad
     return mixed_nll(_widened(input), target._components, target.smoothing, weight, ignore_index, reduction)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
 
 
 def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
@@ -28,7 +29,8 @@ def log_settings(callback: pl.Callback, trainer: pl.Trainer) -> None:
         callback: the callback that calls.
         trainer: its trainer.
     """
-    tricks = [other for other in trainer.callbacks if hasattr(other, "settings")]
+    package = __name__.partition(".")[0]
+    tricks = [other for other in trainer.callbacks if any(_is_from(package, base) for base in type(other).__mro__)]
     if not tricks or tricks[0] is not callback:
         return
     config: dict[str, Any] = {}
@@ -37,4 +39,10 @@ def log_settings(callback: pl.Callback, trainer: pl.Trainer) -> None:
         count = sum(key.split("-")[0] == name for key in config)
         config[name if count == 0 else f"{name}-{count + 1}"] = trick.settings
     for logger in trainer.loggers:
-        logger.log_hyperparams({"tricks": config})
+        # TensorBoard would log a metric of its own, hp_metric = -1, for settings without metrics.
+        options: dict[str, Any] = {"metrics": {}} if isinstance(logger, TensorBoardLogger) else {}
+        logger.log_hyperparams({"tricks": config}, **options)
+
+
+def _is_from(package: str, kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == package

@@ -85,11 +85,9 @@ class ResumableLoader:
         return len(self.batches)
 
     def __iter__(self):
-        start, self.position = self.position, 0
-        for index in range(start, len(self.batches)):
-            self.position = index + 1
+        for index in range(self.position, len(self.batches)):
+            self.position = (index + 1) % len(self.batches)  # Lightning stops at the length, not at the end
             yield self.batches[index]
-        self.position = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}

@@ -473,6 +473,7 @@ PLAIN = {
     "argsort": lambda y: y.argsort(stable=True),
     "sort": lambda y: y.sort(stable=True).values,
     "bool": lambda y: y.bool(),
+    "bits as floats": lambda y: y.view(torch.float64),
     "ones_like": lambda y: torch.ones_like(y),
     "zeros_like as floats": lambda y: torch.zeros_like(y, dtype=torch.float32),
     "new_zeros": lambda y: y.new_zeros(2),
@@ -872,7 +873,7 @@ def test_a_metric_does_not_use_labels_and_a_loss_does():
 def test_use_is_shared_by_slices_and_later_transforms(derive):
     labels = mixed()
     derived = derive(labels)
-    F.nll_loss(torch.zeros(len(derived), K), derived)
+    F.nll_loss(torch.zeros(len(derived), K, requires_grad=True), derived)
     assert labels.used
     assert derived.used
     assert not mixed().used
@@ -905,11 +906,25 @@ def test_a_copy_stands_for_the_same_targets(duplicate):
     assert_mixed(again, soft_targets(labels, K))
 
 
-def test_a_deep_copy_shares_nothing():
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+def test_use_of_a_copy_is_a_use(duplicate):
+    labels = mixed()
+    F.cross_entropy(logits_for(labels).requires_grad_(), duplicate(labels))
+    assert labels.used
+
+
+def test_a_loss_without_a_gradient_is_no_use():
+    """It is logged beside another one, from which the training comes."""
+    labels = mixed()
+    F.cross_entropy(logits_for(labels).detach(), labels)
+    with torch.no_grad():
+        F.nll_loss(logits_for(labels).requires_grad_(), labels)
+    assert not labels.used
+
+
+def test_a_deep_copy_shares_no_memory():
     labels = mixed()
     again = copy.deepcopy(labels)
-    F.cross_entropy(logits_for(labels), again)
-    assert not labels.used
     addresses = [{t.data_ptr() for part in y.components for t in part} for y in (labels, again)]
     assert not addresses[0] & addresses[1]
 

@@ -3,7 +3,8 @@
 import pytest
 import wandb
 from kit import MemoryLogger, assert_same, fit
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from offline_wandb import read_run, runs
 from test_contract import CALLBACKS
 
@@ -37,3 +38,25 @@ def test_two_batch_transforms_are_numbered_in_the_settings():
     fit([lt.BatchTransforms([lt.Cutout(1)]), lt.BatchTransforms([lt.Mixup(0.2)])], logger=memory, max_epochs=1)
     assert list(memory.hparams["tricks"]) == ["BatchTransforms", "BatchTransforms-2"]
     assert memory.hparams["tricks"]["BatchTransforms-2"]["transforms"] == ["Mixup(alpha=0.2, per_sample=True)"]
+
+
+class Foreign(Callback):
+    """A user's own callback that happens to use the same names."""
+
+    settings = None
+    restore_best = True
+
+
+def test_settings_are_those_of_this_package_alone():
+    memory = MemoryLogger()
+    fit([Foreign(), lt.EMA(0.5), lt.EarlyStopping("val/loss")], logger=memory, max_epochs=1)
+    assert list(memory.hparams["tricks"]) == ["EMA", "EarlyStopping"]
+
+
+def test_tensorboard_gets_no_metric_of_its_own(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="tb")
+    written = []
+    logger.log_metrics = lambda metrics, step=None: written.extend(metrics)
+    fit([lt.EMA(0.5)], logger=logger, max_epochs=1)
+    assert "hp_metric" not in written
+    assert logger.hparams["tricks"] == {"EMA": {"decay": 0.5}}

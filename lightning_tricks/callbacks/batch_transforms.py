@@ -1,5 +1,6 @@
 """Train-only transforms of whole batches, on the batch's device, for an unchanged module."""
 
+import copy
 import dataclasses
 import hashlib
 import inspect
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Generator, Tensor
+from torch.optim import Optimizer
 
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.labels import WAYS_OUT, MixedLabels, soft_targets
@@ -28,8 +30,9 @@ class BatchTransforms(Callback):
         images, labels = transform(images, labels, generator)     for each transform, in order
 
     Nothing happens in validation, the sanity check, `test` or `predict`. The batch that the loader gave is left as it
-    is. Integer labels become `MixedLabels` where a transform mixes or smooths them: the module's own cross-entropy
-    computes the right loss of them, and its metrics see the dominant label of each sample.
+    is, and so is every other item of it: a loss of further labels would see mixed images and unmixed labels. Integer
+    labels become `MixedLabels` where a transform mixes or smooths them: the module's own cross-entropy computes the
+    right loss of them, and its metrics see the dominant label of each sample.
 
     A batch's draws are a function of (seed, rank, epoch, batch index): every rank and epoch differs, a resumed run
     draws what the run it continues would have drawn, and torch's global generator is untouched.
@@ -46,7 +49,8 @@ class BatchTransforms(Callback):
         TypeError: no transforms, a `training_step` that takes a `dataloader_iter`, or a batch without images and labels
             where they should be.
         ValueError: an argument out of range, or labels that are not as many as the images.
-        RuntimeError: in a step with a loss, mixed labels that no loss used which knows them.
+        RuntimeError: in a step with a loss, mixed labels that no loss used which knows them, or a batch that went past
+            the transforms. (Of several losses, one that knows them is enough.)
     Example:
         >>> import lightning as L
         >>> from lightning_tricks import BatchTransforms, Cutout, LabelSmoothing, Mixup
@@ -91,11 +95,12 @@ class BatchTransforms(Callback):
         self.targets = targets
         self.num_classes = num_classes
         self._seed = seed  # the one in force
+        self._entropy: int | None = None
         self._index = 0
         self._trainer: pl.Trainer | None = None
         self._owner: Any = None
         self._mixed: MixedLabels | None = None
-        self._had_loss = False
+        self._waiting = self._transformed = self._had_loss = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -117,17 +122,36 @@ class BatchTransforms(Callback):
                 message("BatchTransforms", "training_step", "one that Lightning hands batches to", got, fix)
             )
         self._index = [other for other in trainer.callbacks if isinstance(other, BatchTransforms)].index(self)
-        if self._seed is None:
+        if self._seed is None or trainer.global_step == 0:  # a further fit of a run has the run's
             given = os.environ.get("PL_GLOBAL_SEED")
-            entropy = int.from_bytes(os.urandom(4), "little")
-            self._seed = int(given) if given else trainer.strategy.broadcast(entropy)
+            self._seed = int(given) if self.seed is None and given else self.seed
+        if self._seed is None:
+            if self._entropy is None:
+                self._entropy = trainer.strategy.broadcast(int.from_bytes(os.urandom(4), "little"))
+            self._seed = self._entropy
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stand behind the hook through which every batch comes."""
         log_settings(self, trainer)
-        self._trainer = trainer
+        self._trainer, self._waiting = trainer, True
         self._owner = _owner_of_hook(trainer, pl_module)
         _attach(self, self._owner)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The next batch that comes is one to train on."""
+        self._waiting = True
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """What the step itself moves to the device is the module's own affair."""
+        self._waiting = False
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Note that the step has a loss: a module that optimizes by hand may call backward past Lightning's hook."""
+        self._had_loss = self._had_loss or not pl_module.automatic_optimization
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Note that the step has a loss."""
@@ -138,6 +162,11 @@ class BatchTransforms(Callback):
     ) -> None:
         """Refuse a loss that went past the mixed labels: it would train on the wrong targets without a word."""
         mixed, self._mixed = self._mixed, None
+        transformed, self._transformed, self._waiting = self._transformed, False, True
+        if not transformed:
+            got = "a batch that went past it"
+            fix = f"Let other callbacks leave {_HOOK} of {type(self._owner).__name__} alone"
+            raise RuntimeError(message("BatchTransforms", "hook", "the one that Lightning calls", got, fix))
         if mixed is not None and self._had_loss and not mixed.used:
             condition = "used by a loss that knows mixed labels, in every step that has a loss"
             got = f"a training_step of {type(pl_module).__name__} whose loss did not use them"
@@ -175,13 +204,20 @@ class BatchTransforms(Callback):
             A batch of the same structure.
         """
         trainer = self._trainer
-        if trainer is None or not trainer.training:
+        if trainer is None or not trainer.training or not self._waiting:
+            return batch
+        self._transformed, self._had_loss, self._mixed = True, False, None
+        if batch is None:  # Lightning skips it
             return batch
         images, labels = self._read(batch)
         generator = self._generator(trainer)
         for transform in self.transforms:
+            mixed = isinstance(labels, MixedLabels)
             images, labels = transform(images, labels, generator=generator)
-        self._had_loss, self._mixed = False, None
+            if mixed and labels is not None and not (isinstance(labels, MixedLabels) or labels.is_floating_point()):
+                fix = "Put it before those that mix labels, or let it index them, which keeps the mix"
+                condition = "one that keeps the mix of the labels"
+                raise TypeError(message("BatchTransforms", "transforms", condition, transform, fix))
         if labels is None:
             return _write(batch, self.images, images)
         if self.targets == "soft":
@@ -269,22 +305,27 @@ def _write(batch: Any, where: int | str, value: Any) -> Any:
     if isinstance(batch, Tensor):
         return value
     if isinstance(batch, Mapping):
-        copy = batch.copy() if hasattr(batch, "copy") else dict(batch)
-        copy[where] = value
-        return copy
+        copied = batch.copy() if hasattr(batch, "copy") else dict(batch)
+        copied[where] = value
+        return copied
     if dataclasses.is_dataclass(batch) and isinstance(where, str):
         return dataclasses.replace(batch, **{where: value})  # type: ignore[type-var]
     if hasattr(batch, "_replace"):
         return batch._replace(**{where if isinstance(where, str) else batch._fields[where]: value})
+    if isinstance(where, str):
+        copied = copy.copy(batch)
+        setattr(copied, where, value)
+        return copied
     items = list(batch)
-    assert isinstance(where, int)
     items[where] = value
     return items if isinstance(batch, list) else type(batch)(items)
 
 
 def _owner_of_hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
     """Whose hook Lightning calls: the datamodule's, unless the module alone overrides it."""
-    datamodule = trainer.datamodule
+    # The trainer's own attribute may be that of an earlier call.
+    selector = trainer._data_connector._datahook_selector
+    datamodule = None if selector is None else selector.datamodule
     if datamodule is None or (is_overridden(_HOOK, pl_module) and not is_overridden(_HOOK, datamodule)):
         return pl_module
     return datamodule

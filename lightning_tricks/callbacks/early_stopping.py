@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_tricks.callbacks.ema import EMA
 from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES
-from lightning_tricks.callbacks.weights import named_weights
+from lightning_tricks.callbacks.weights import named_weights, weight_slots
 from lightning_tricks.functional.checks import message
-from lightning_tricks.functional.stopping import Patience, PatienceState, Stop
+from lightning_tricks.functional.stopping import Patience, PatienceState
 from lightning_tricks.loggers import log_settings
 
 
@@ -24,8 +24,9 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
 
     A subclass of Lightning's, with its arguments in its order and its attributes (`best_score`, `wait_count`,
     `stopped_epoch`, `stopping_reason`). It adds `ignore_first` and `restore_best`; all ranks decide on rank 0's score
-    (a non-finite one on any rank counts for all); a stop that `min_epochs` held up is taken back when the score
-    improves meanwhile; a resumed run has the new `patience`, not the checkpoint's.
+    (a non-finite one on any rank counts for all); while `min_epochs` hold training up, later checks decide anew; a
+    score that was checked already is not checked again; a resumed run has the new `patience`, not the checkpoint's; a
+    new Trainer begins anew.
 
     `restore_best` keeps the weights that produced the best score: the average of `EMA` if validation evaluated that.
     `fit` ends with them in the module, whatever the order of the callbacks; checkpoints carry them for a resume.
@@ -103,9 +104,10 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         self.restore_best = restore_best
         self.checks = 0
         self.best_weights: dict[str, Tensor] | None = None
-        self._candidate: tuple[Tensor, dict[str, Tensor]] | None = None
-        self._before_validation: Tensor | None = None
-        self._asked_to_stop = False
+        # The score of a validation that is still to be checked, and its weights if it would be the best.
+        self._pending: tuple[Tensor, dict[str, Tensor] | None] | None = None
+        self._before: Tensor | None = None  # the score there was before the validation
+        self._checked: Tensor | None = None  # the score there was at the last check
         self._has_news = False
         self._fitting = False
 
@@ -121,21 +123,30 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a second owner of the final weights."""
         super().setup(trainer, pl_module, stage)
-        owners = [other.monitor for other in trainer.callbacks if getattr(other, "restore_best", False)]
+        if stage == "fit" and trainer.global_step == 0:
+            self._begin_anew()
+        ours = [other for other in trainer.callbacks if isinstance(other, EarlyStopping)]
+        owners = [other.monitor for other in ours if other.restore_best]
         if self.restore_best and len(owners) > 1:
             fix = "Both would own the weights that fit ends with; keep it on one"
             raise ValueError(message("EarlyStopping", "restore_best", "True in one callback only", owners, fix))
         others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, LIGHTNINGS_AVERAGES)]
         if self.restore_best and others:
             fix = "It cannot see what that evaluates, and that overwrites the final weights; use lightning_tricks.EMA"
-            raise ValueError(
-                message("EarlyStopping", "restore_best", "False beside Lightning's averaging", others, fix)
-            )
+            condition = "False beside Lightning's averaging"
+            raise ValueError(message("EarlyStopping", "restore_best", condition, others, fix))
+
+    def _begin_anew(self) -> None:
+        """A new Trainer is a new run, maybe of another module: nothing of the last one may decide or be restored."""
+        self.checks = self.wait_count = self.stopped_epoch = 0
+        self.best_score = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+        self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
+        self.best_weights = self._pending = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the settings; what was asked of an earlier fit is over."""
+        """Show the settings."""
         log_settings(self, trainer)
-        self._fitting, self._asked_to_stop = True, False
+        self._fitting = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing to check yet: Lightning may end the epoch of a checkpoint once more, without having trained."""
@@ -149,29 +160,26 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the score there is, to know a new one."""
-        self._before_validation = trainer.callback_metrics.get(self.monitor)
+        self._before = trainer.callback_metrics.get(self.monitor)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the weights of a score that would be the best, and check if validation is when to."""
+        """Take the new score, with the weights that produced it; check it now if this is when to."""
         if self._should_skip_check(trainer) or trainer.fast_dev_run:
             return
         self._has_news = True
         score = trainer.callback_metrics.get(self.monitor)
-        self._candidate = None
-        if (
-            self.restore_best
-            and score is not None
-            and score is not self._before_validation
-            and self.rule(self._state(), self._agreed(trainer, score))[0].improved
-        ):
-            self._candidate = score, self._evaluated_weights(trainer, pl_module)
+        if score is not None and score is not self._before:
+            value, weights = self._agreed(trainer, score), None
+            if self.restore_best and self.rule(self._state(), value)[0].improved:
+                weights = self._weights(trainer, pl_module, evaluated=True)
+            self._pending = value, weights
         if not self._check_on_train_epoch_end:
             self._check(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check if the end of the epoch is when to."""
-        skip = self._should_skip_check(trainer) or trainer.fast_dev_run
-        if self._check_on_train_epoch_end and self._has_news and not skip:
+        news = self._has_news or self._pending is not None
+        if self._check_on_train_epoch_end and news and not (self._should_skip_check(trainer) or trainer.fast_dev_run):
             self._check(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,53 +201,51 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         if not (fitting and self.restore_best):
             return
         if self.best_weights is None:
-            rank_zero_info(f"EarlyStopping: no score of {self.monitor} counted; the last weights are kept.")
+            rank_zero_info(f"EarlyStopping: there are no weights of a best {self.monitor}; the last ones are kept.")
             return
         for callback in trainer.callbacks:
             if isinstance(callback, EMA):
                 callback.finish(trainer, pl_module)
-        with torch.no_grad():
-            for name, tensor in named_weights(pl_module).items():
-                if name in self.best_weights:
-                    tensor.copy_(self.best_weights[name])
+        for name, holder, key in weight_slots(pl_module):
+            tensor, best = holder[key], self.best_weights.get(name)
+            if tensor is None or best is None:
+                continue
+            if tensor.shape == best.shape:
+                tensor.detach().copy_(best)
+            else:  # a buffer that has grown since
+                holder[key] = best.to(tensor.device)
 
     def _state(self) -> PatienceState:
         return PatienceState(checks=self.checks, waited=self.wait_count, best=self.best_score)
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         metrics = trainer.callback_metrics
-        if not self._validate_condition_metric(metrics):
-            return
-        score = metrics[self.monitor]
+        score = metrics.get(self.monitor)
+        if self._pending is None:
+            if not self._validate_condition_metric(metrics) or score is None:
+                return
+            if score is self._checked:  # no new one since
+                return
+            value, weights = self._agreed(trainer, score), None
+        else:
+            value, weights = self._pending
+        self._pending, self._checked = None, score
         previous = self.best_score
-        state, stop = self.rule(self._state(), self._agreed(trainer, score))
+        state, stop = self.rule(self._state(), value)
         self.checks, self.wait_count = state.checks, state.waited
         self.best_score = state.best
-        if state.improved and self.restore_best:
-            if self._candidate is not None and self._candidate[0] is score:
-                self.best_weights = self._candidate[1]
-            else:
-                self.best_weights = _copies(named_weights(pl_module))
-        self._candidate = None
-        if stop is not None:
-            self._stop(trainer, stop)
-        elif state.improved:
-            self._go_on(trainer)
+        if state.improved:
+            if self.restore_best:
+                # A score of training was made by the raw weights.
+                self.best_weights = weights or self._weights(trainer, pl_module, evaluated=False)
             self._say(trainer, f"{self.monitor} improved from {float(previous):g} to {float(self.best_score):g}")
-
-    def _stop(self, trainer: pl.Trainer, stop: Stop) -> None:
-        self._asked_to_stop = self._asked_to_stop or not trainer.should_stop
-        trainer.should_stop = True
-        self.stopped_epoch = trainer.current_epoch
-        self.stopping_reason = EarlyStoppingReason[stop.kind]
-        self.stopping_reason_message = f"{self.monitor}: {stop.reason}"
-        self._say(trainer, self.stopping_reason_message)
-
-    def _go_on(self, trainer: pl.Trainer) -> None:
-        if self._asked_to_stop:
-            trainer.should_stop = self._asked_to_stop = False
-            self.stopped_epoch = 0
-            self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
+        # While min_epochs or min_steps hold training up, later checks decide anew.
+        if stop is not None and trainer.fit_loop._can_stop_early:
+            trainer.should_stop = True
+            self.stopped_epoch = trainer.current_epoch
+            self.stopping_reason = EarlyStoppingReason[stop.kind]
+            self.stopping_reason_message = f"{self.monitor}: {stop.reason}"
+            self._say(trainer, self.stopping_reason_message)
 
     def _say(self, trainer: pl.Trainer, text: str) -> None:
         if self.verbose:
@@ -254,17 +260,20 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         finite = trainer.strategy.reduce_boolean_decision(bool(torch.isfinite(own)), all=True)
         return agreed if finite or not self.check_finite else agreed + torch.nan
 
-    def _evaluated_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+    def _weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule, evaluated: bool) -> dict[str, Tensor]:
+        """Copies of the weights that validation evaluated last, or of the raw ones."""
+        weights = named_weights(pl_module)
         for callback in trainer.callbacks:
             if isinstance(callback, EMA):
-                return _copies(callback.evaluated_weights(pl_module))
-        return _copies(named_weights(pl_module))
+                weights |= callback.evaluated_weights() if evaluated else callback.raw_weights()
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Lightning's state, the checks seen, and the best weights if they are to be restored."""
-        return {**super().state_dict(), "checks": self.checks, "best_weights": self.best_weights}
+        own = {"checks": self.checks, "best_weights": self.best_weights, "pending": self._pending}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the count of the checkpoint and the patience of this callback."""
@@ -274,7 +283,4 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         # A checkpoint of Lightning's own early stopping has neither.
         self.checks = state_dict.get("checks", self.ignore_first)
         self.best_weights = state_dict.get("best_weights")
-
-
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        self._pending = state_dict.get("pending")

@@ -1,20 +1,28 @@
 """An exponential moving average of the weights, evaluated instead of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelPruning
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES, after_real_steps, refuse_sharded, refuse_twins
-from lightning_tricks.callbacks.weights import fingerprint, named_weights, weight_slots
+from lightning_tricks.callbacks.weights import (
+    SpectralNormOf,
+    fingerprint,
+    leading_singular_vectors,
+    named_weights,
+    spectral_norms,
+    weight_slots,
+)
 from lightning_tricks.functional.averaging import can_average, check_decay, ema_
 from lightning_tricks.functional.checks import message
 from lightning_tricks.loggers import log_settings
@@ -32,9 +40,11 @@ class EMA(Callback):
     averaging. Until the first real step validation sees the raw weights. A step that a GradScaler skipped and a batch
     that only accumulates gradients do not count; with several optimizers each one's steps do.
 
-    Floating buffers (batch-norm statistics) are averaged, on several ranks as rank 0 has them; integer and non-finite
-    ones, and those that no checkpoint holds, stay as the module has them. A second `fit()` goes on with the raw weights
-    and the average, unless the module's weights were changed in between. An exception leaves the raw weights.
+    Floating buffers (batch-norm statistics) are averaged, on several ranks as rank 0 has them; what is integer or not
+    finite after the first step, what no checkpoint holds, and what changes its shape stay as the module has them;
+    spectral norm gets vectors of its own for the average. A second `fit()` goes on with the raw weights and the
+    average, unless the module's weights were changed in between. An exception in training or validation leaves the raw
+    weights.
 
     Args:
         decay: weight of the old average, in [0, 1); 0.999 averages over about the last 1,000 steps.
@@ -57,7 +67,9 @@ class EMA(Callback):
         self._average: dict[str, Tensor] | None = None
         self._raw: dict[str, Tensor] | None = None  # the raw weights, while the module holds the average
         self._updates = 0
+        self._buffers: list[str] = []  # of the averaged tensors
         self._slots: dict[str, tuple[dict[str, Tensor | None], str]] = {}
+        self._spectral: list[SpectralNormOf] = []
         self._left: list[int] | None = None  # fingerprint of what the last fit left in the module
         self._fitting = False
         self._evaluated = False
@@ -81,6 +93,9 @@ class EMA(Callback):
         if others:
             fix = "Both would own the weights that are evaluated; keep one"
             raise ValueError(message("EMA", "callbacks", "the only one that averages", others, fix))
+        if any(isinstance(other, ModelPruning) for other in trainer.callbacks):
+            fix = "It replaces the parameters that are averaged; prune after the training"
+            raise ValueError(message("EMA", "callbacks", "without ModelPruning", "ModelPruning", fix))
         refuse_sharded("EMA", trainer)
 
     # ------------------------------------------------------------------ when
@@ -92,13 +107,13 @@ class EMA(Callback):
             if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
                 fix = f"{name} would stand still; train with precision='bf16-mixed' or '16-mixed' instead"
                 raise ValueError(message("EMA", "precision", "one with float32 weights", parameter.dtype, fix))
-        self._slots = {name: (holder, key) for name, holder, key in weight_slots(pl_module)}
-        if self._changed(pl_module):
+        self._find_tensors(pl_module)
+        if self._changed():
             rank_zero_info("EMA: the module's weights are not those of the last fit; a new average starts.")
             self._average, self._raw, self._updates = None, None, 0
         self._fitting = True
         if self._average is not None:
-            here = self._tensors(list(self._average))
+            here = self._tensors(self._average)
             if self._raw is None:
                 self._average = {name: tensor.to(here[name].device) for name, tensor in self._average.items()}
             else:
@@ -109,6 +124,7 @@ class EMA(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Update after every real optimizer step from here on."""
+        self._find_tensors(pl_module)  # the module's own on_fit_start may have added some
         self._handles = after_real_steps("EMA", trainer.optimizers, self._update)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -137,24 +153,24 @@ class EMA(Callback):
         if self._fitting:
             self._agree_on_buffers(trainer, pl_module)
             self._show()
-            self._detach(pl_module)
+            self._detach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the raw weights in the module."""
         if self._fitting:
             self._hide()
-            self._detach(pl_module)
+            self._detach()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Follow the module to the device that Lightning leaves it on."""
         self.finish(trainer, pl_module)  # where there was nothing to train, nobody has
         if self._raw is not None and self._slots:
-            here = self._tensors(list(self._raw))
+            here = self._tensors(self._raw)
             self._average = {name: tensor.data for name, tensor in here.items()}
             self._raw = {name: tensor.to(here[name].device) for name, tensor in self._raw.items()}
         self._slots = {}
 
-    def _detach(self, pl_module: pl.LightningModule) -> None:
+    def _detach(self) -> None:
         self._fitting = False
         for handle in self._handles:
             handle.remove()
@@ -163,61 +179,98 @@ class EMA(Callback):
             self._unwrap()
             self._unwrap = None
         try:
-            self._left = fingerprint(named_weights(pl_module).values())
+            self._left = self._fingerprint()
         except RuntimeError:  # a device that failed: what it held cannot be gone on with
             self._average, self._raw, self._updates = None, None, 0
 
     # ------------------------------------------------------------------ what
 
-    def _tensors(self, names: list[str]) -> dict[str, Tensor]:
+    def _find_tensors(self, pl_module: pl.LightningModule) -> None:
+        self._slots = {name: (holder, key) for name, holder, key in weight_slots(pl_module)}
+        self._spectral = spectral_norms(pl_module)
+
+    def _tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         slots = self._slots
         return {name: slots[name][0][slots[name][1]] for name in names}  # type: ignore[misc]
 
     def _update(self, optimizer: Optimizer) -> None:
         if self._average is None:
-            tensors = self._tensors(list(self._slots))
-            self._average = {name: t.detach().clone() for name, t in tensors.items() if can_average(t)}
+            tensors = {name: tensor for name, tensor in self._tensors(self._slots).items() if tensor is not None}
+            own = _vectors(self._spectral)
+            self._average = {n: t.detach().clone() for n, t in tensors.items() if n not in own and can_average(t)}
+            self._buffers = [name for name in self._average if not isinstance(tensors[name], Parameter)]
         else:
-            weights = self._tensors(list(self._average))
+            weights = self._tensors(self._average)
+            for name in self._buffers:
+                if weights[name] is None or weights[name].shape != self._average[name].shape:
+                    # A buffer that grows, or was taken away, has no average: it stays as the module has it.
+                    del self._average[name], weights[name]
+                    self._buffers = [other for other in self._buffers if other != name]
             ema_(list(self._average.values()), list(weights.values()), self.decay)
         self._updates += 1
 
     def _show(self) -> None:
         # Each assignment can be repeated, so that an interrupt in the middle is undone by `_hide`.
         if self._average is not None and self._raw is None:
-            tensors = self._tensors(list(self._average))
-            self._raw = {name: tensor.data for name, tensor in tensors.items()}
-            for name, tensor in tensors.items():
-                tensor.data = self._average[name]
+            self._average = self._evaluable(self._average)
+            self._raw = {name: tensor.data for name, tensor in self._tensors(self._average).items()}
+            self._assign(self._average)
+
+    def _evaluable(self, average: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The average with the vectors of spectral norm that belong to it: averaged ones would not normalise."""
+        average = dict(average)
+        for norm in self._spectral:
+            if norm.weight in average:
+                start = self._tensors([norm.left])[norm.left] if self._raw is None else self._raw[norm.left]
+                vectors = leading_singular_vectors(average[norm.weight], start, norm.dim)
+                average[norm.left], average[norm.right] = vectors
+        return average
+
+    def _assign(self, values: dict[str, Tensor]) -> None:
+        for name, tensor in self._tensors(values).items():
+            tensor.data = values[name]
 
     def _hide(self) -> None:
         if self._raw is not None:
-            for name, tensor in self._tensors(list(self._raw)).items():
-                tensor.data = self._raw[name]
+            self._assign(self._raw)
             self._raw = None
+            vectors = _vectors(self._spectral)
+            self._average = {name: t for name, t in (self._average or {}).items() if name not in vectors}
 
-    def _changed(self, pl_module: pl.LightningModule) -> bool:
+    def _fingerprint(self) -> list[int] | None:
+        """Of the averaged tensors as the module holds them; None where it has no such tensors."""
+        if self._average is None or not self._average.keys() <= self._slots.keys():
+            return None
+        return fingerprint(self._tensors(self._average).values())
+
+    def _changed(self) -> bool:
         """Whether the module's weights are others than the last fit left in it."""
-        return self._left is not None and self._left != fingerprint(named_weights(pl_module).values())
+        return self._left is not None and self._left != self._fingerprint()
 
     def _agree_on_buffers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.world_size > 1 and self._average is not None and self._raw is None:
-            parameters = {name for name, _ in pl_module.named_parameters()}
-            names = [name for name in self._average if name not in parameters]
-            agreed = trainer.strategy.broadcast([self._average[name].cpu() for name in names])
-            for name, tensor in zip(names, agreed, strict=True):
-                self._average[name].copy_(tensor)
+            agreed = trainer.strategy.broadcast({name: self._average[name].cpu() for name in self._buffers})
+            for name in self._buffers:
+                del self._average[name]
+            here = self._tensors(agreed)
+            self._average |= {name: tensor.to(here[name].device) for name, tensor in agreed.items()}
+            self._buffers = list(agreed)
 
-    def evaluated_weights(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-        """The weights that the last validation inside `fit` saw: the average, or the raw ones before it started.
+    def evaluated_weights(self) -> dict[str, Tensor]:
+        """What the last validation inside `fit` saw instead of the module's own weights.
 
-        Args:
-            pl_module: the trainer's module.
         Returns:
-            Live tensors by name, to be copied by whoever keeps them.
+            The average by name; nothing where it had not started. Live tensors, to be copied by whoever keeps them.
         """
-        average = self._average if self._evaluated and self._average is not None else {}
-        return {**named_weights(pl_module), **average}
+        return self._evaluable(self._average) if self._evaluated and self._average is not None else {}
+
+    def raw_weights(self) -> dict[str, Tensor]:
+        """The raw weights, where the module holds the average at the moment.
+
+        Returns:
+            Raw weights by name; nothing where the module holds them. Live tensors, to be copied by whoever keeps them.
+        """
+        return {} if self._raw is None else dict(self._raw)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -225,36 +278,35 @@ class EMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the average in `state_dict` and the raw weights beside it, whichever of them the module holds now."""
-        if self._average is None or (not self._fitting and self._changed(pl_module)):
+        if self._average is None:
+            return
+        if not self._slots:
+            self._find_tensors(pl_module)
+        if not self._fitting and self._changed():
             return
         average, raw = self._both_state_dicts(trainer, checkpoint["state_dict"])
         checkpoint["state_dict"], checkpoint["current_model_state"] = average, raw
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._updates)}
-        checkpoint["averaged_weights"] = list(self._average)
+        averaged = self._average.keys() - _vectors(self._spectral)
+        checkpoint["unaveraged_weights"] = [name for name in self._slots if name not in averaged]
 
     def _both_state_dicts(self, trainer: pl.Trainer, here: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The state dict of the average and of the raw weights; one of them is `here`.
 
         The module writes both, so that its own state-dict hooks apply to both.
         """
-        if not self._slots:
-            self._slots = {name: (holder, key) for name, holder, key in weight_slots(trainer.lightning_module)}
         if self._raw is None:
             self._show()
             try:
                 return trainer.strategy.lightning_module_state_dict(), here
             finally:
                 self._hide()
-        raw, shown = self._raw, {name: t.data for name, t in self._tensors(list(self._raw)).items()}
+        raw, shown = self._raw, {name: t.data for name, t in self._tensors(self._raw).items()}
         try:
             self._assign(raw)
             return here, trainer.strategy.lightning_module_state_dict()
         finally:
             self._assign(shown)
-
-    def _assign(self, values: dict[str, Tensor]) -> None:
-        for name, tensor in self._tensors(list(values)).items():
-            tensor.data = values[name]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -266,16 +318,22 @@ class EMA(Callback):
         if "current_model_state" not in checkpoint:
             rank_zero_info("EMA: the checkpoint holds no average; it starts after the next step.")
             return
-        weights = named_weights(pl_module)
-        # Lightning's own averaging does not save which.
-        names = checkpoint.get("averaged_weights", [name for name, t in weights.items() if can_average(t)])
-        self._average = {name: weights[name].detach().clone() for name in names}
+        own = _vectors(spectral_norms(pl_module)) | set(checkpoint.get("unaveraged_weights", ()))
+        weights = {name: tensor for name, tensor in named_weights(pl_module).items() if name not in own}
+        self._average = {name: tensor.detach().clone() for name, tensor in weights.items() if can_average(tensor)}
+        self._buffers = [name for name in self._average if not isinstance(weights[name], Parameter)]
         self._updates = int(checkpoint["averaging_state"]["n_averaged"])
         raw = {**checkpoint, "state_dict": checkpoint["current_model_state"]}
+        if raw["state_dict"].keys() != checkpoint["state_dict"].keys():
+            pl_module.on_load_checkpoint(raw)  # which has renamed the average's keys
         trainer.strategy.load_model_state_dict(raw, strict=pl_module.strict_loading)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": [], "_slots": {}, "_unwrap": None}
+        return {**self.__dict__, "_handles": [], "_slots": {}, "_unwrap": None, "_fitting": False}
+
+
+def _vectors(spectral: Iterable[SpectralNormOf]) -> set[str]:
+    return {name for norm in spectral for name in (norm.left, norm.right)}
 
 
 def _wrap_on_save_checkpoint(ema: EMA, pl_module: pl.LightningModule) -> Callable[[], None]:

@@ -6,7 +6,12 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -33,12 +38,13 @@ class ScheduledLR(LRScheduler):
     def __init__(self, optimizer: Optimizer) -> None:
         self.schedule: Schedule | None = None
         self.total_steps: int | None = None
+        self.steps_per_epoch: int | None = None
         self.restored = False
         super().__init__(optimizer)
 
-    def begin(self, schedule: Schedule | None, total_steps: int, step: int) -> None:
-        """Follow the schedule from a step on; None keeps the base rates."""
-        self.schedule, self.total_steps, self.last_epoch = schedule, total_steps, step
+    def begin(self, schedule: Schedule | None, total_steps: int, steps_per_epoch: int | None) -> None:
+        """Follow the schedule from the step it is at; None keeps the base rates."""
+        self.schedule, self.total_steps, self.steps_per_epoch = schedule, total_steps, steps_per_epoch
         self._apply()
 
     def get_lr(self) -> list[float | Tensor]:
@@ -46,7 +52,10 @@ class ScheduledLR(LRScheduler):
         factor = 1.0
         if self.schedule is not None and self.total_steps is not None:
             factor = self.schedule(self.last_epoch, self.total_steps)
-        return [group.setdefault("initial_lr", group["lr"]) * factor for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            if "initial_lr" not in group:
+                group["initial_lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+        return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
 
     def step(self, epoch: int | None = None) -> None:
         """Count one real step and set the rates in force after it."""
@@ -62,15 +71,16 @@ class ScheduledLR(LRScheduler):
                 group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and the length of the run it belongs to."""
-        return {"last_epoch": self.last_epoch, "total_steps": self.total_steps}
+        """The step, and the length of the run and of the epochs it belongs to."""
+        return {name: getattr(self, name) for name in ("last_epoch", "total_steps", "steps_per_epoch")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the count of another run; the rates follow in `begin`."""
-        if "total_steps" not in state_dict:
+        if not {"total_steps", "steps_per_epoch"} <= state_dict.keys():
             fix = "The checkpoint was trained with another scheduler: resume with that one, or load the weights alone"
             raise ValueError(message("LRSchedule", "checkpoint", "one of LRSchedule", sorted(state_dict), fix))
-        self.last_epoch, self.total_steps = state_dict["last_epoch"], state_dict["total_steps"]
+        for name in ("last_epoch", "total_steps", "steps_per_epoch"):
+            setattr(self, name, state_dict[name])
         self.restored = True
 
 
@@ -115,7 +125,7 @@ class LRSchedule(Callback):
         self.total_steps = total_steps
         self._schedulers: list[ScheduledLR] = []
         self._handles: list[RemovableHandle] = []
-        self._steps: list[int] = []
+        self._last: list[dict[str, Any]] = []  # states of the schedulers at the end of the last fit
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -125,10 +135,11 @@ class LRSchedule(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a second owner of the learning rate."""
         refuse_twins(self, trainer, "the learning rate")
-        if any(isinstance(callback, StochasticWeightAveraging) for callback in trainer.callbacks):
-            fix = "Both would own the learning rate; use lightning_tricks.EMA to average"
-            got = "StochasticWeightAveraging"
-            raise ValueError(message("LRSchedule", "callbacks", "the only one that sets the rate", got, fix))
+        owners = (StochasticWeightAveraging, BackboneFinetuning)
+        others = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, owners)]
+        if others:
+            fix = "Both would own the learning rate; keep one"
+            raise ValueError(message("LRSchedule", "callbacks", "the only one that sets the rate", others, fix))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Attach the schedulers before Lightning restores a checkpoint; the length of the run is not known yet."""
@@ -138,6 +149,10 @@ class LRSchedule(Callback):
             fix = "Return the optimizer alone from configure_optimizers, or leave LRSchedule out"
             raise ValueError(message("LRSchedule", "schedulers", "the only one of the optimizers", got, fix))
         self._schedulers = [ScheduledLR(optimizer) for optimizer in trainer.optimizers]
+        if trainer.global_step == 0:
+            self._last = []  # a new run
+        for scheduler, last in zip(self._schedulers, self._last, strict=False):
+            scheduler.load_state_dict(last)  # a further fit of this run; a checkpoint's state comes after it
         # Lightning saves, restores and logs these, and never steps them: it would count skipped steps too.
         configs = [LRSchedulerConfig(s, interval="step", frequency=sys.maxsize) for s in self._schedulers]
         trainer.strategy.lr_scheduler_configs.extend(configs)
@@ -147,37 +162,35 @@ class LRSchedule(Callback):
     ) -> None:
         """Forget an earlier fit: the steps are the checkpoint's."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._steps = []
+            self._last = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the length from the run, set the rates of the first step, and count real steps from here."""
-        schedule: Schedule | None = self.schedule
-        total_steps = self.total_steps
-        if trainer.fast_dev_run:
-            schedule, total_steps = None, 1
-        elif total_steps is None:
-            total_steps = run_length(trainer, len(self._schedulers))
-        if schedule is not None:
-            batches = trainer.num_training_batches / trainer.accumulate_grad_batches
-            schedule = resolve_epochs(schedule, math.ceil(batches) if math.isfinite(batches) else batches)
-        for index, scheduler in enumerate(self._schedulers):
-            step = scheduler.last_epoch if scheduler.restored else self._steps_before(trainer, index)
+        batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+        steps_per_epoch = math.ceil(batches) if math.isfinite(batches) else None
+        schedule: Schedule | None = None
+        if not trainer.fast_dev_run:
+            schedule = resolve_epochs(self.schedule, math.inf if steps_per_epoch is None else steps_per_epoch)
+        for scheduler in self._schedulers:
+            if not scheduler.restored and trainer.global_step > 0:
+                scheduler.last_epoch = trainer.global_step // len(self._schedulers)
+                rank_zero_info(
+                    "LRSchedule: the checkpoint was trained without it; the schedule goes on at step"
+                    f" {scheduler.last_epoch}."
+                )
+            total_steps = self.total_steps
+            if total_steps is None:
+                total_steps = 1 if schedule is None else run_length(trainer, len(self._schedulers))
+                # The epochs that were done may have had other lengths: what counts is what is left.
+                if scheduler.restored and scheduler.steps_per_epoch != steps_per_epoch and steps_per_epoch is not None:
+                    total_steps = remaining_length(trainer, scheduler.last_epoch, steps_per_epoch, total_steps)
             if schedule is not None and scheduler.restored and scheduler.total_steps != total_steps:
                 rank_zero_info(
-                    f"LRSchedule: the checkpoint's run had {scheduler.total_steps} optimizer steps, this one has"
-                    f" {total_steps}; the schedule is stretched, and goes on at step {step}."
+                    f"LRSchedule: the run had {scheduler.total_steps} optimizer steps, now it has {total_steps}; the"
+                    f" schedule is stretched, and goes on at step {scheduler.last_epoch}."
                 )
-            scheduler.begin(schedule, total_steps, step)
+            scheduler.begin(schedule, total_steps, steps_per_epoch)
             self._handles += after_real_steps("LRSchedule", [scheduler.optimizer], partial(_advance, scheduler))
-
-    def _steps_before(self, trainer: pl.Trainer, index: int) -> int:
-        if trainer.global_step == 0:
-            return 0
-        if index < len(self._steps):
-            return self._steps[index]
-        step = trainer.global_step // len(self._schedulers)
-        rank_zero_info(f"LRSchedule: the checkpoint was trained without it; the schedule goes on at step {step}.")
-        return step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop counting."""
@@ -195,8 +208,8 @@ class LRSchedule(Callback):
         return {**self.__dict__, "_schedulers": [], "_handles": []}
 
     def _detach(self) -> None:
-        if self._schedulers:
-            self._steps = [scheduler.last_epoch for scheduler in self._schedulers]
+        if self._handles:
+            self._last = [scheduler.state_dict() for scheduler in self._schedulers]
         for handle in self._handles:
             handle.remove()
         self._handles, self._schedulers = [], []
@@ -213,7 +226,7 @@ def run_length(trainer: pl.Trainer, optimizers: int) -> int:
         trainer: the trainer in `on_train_start`.
         optimizers: number of optimizers.
     Returns:
-        Steps from the beginning of the run, what a resumed run did before included.
+        Steps from the beginning of the run, if all its epochs are as long as this one.
     Raises:
         ValueError: it cannot be known; the error names `total_steps` as the way out.
     """
@@ -230,3 +243,20 @@ def run_length(trainer: pl.Trainer, optimizers: int) -> int:
         fix = "Give LRSchedule(schedule, total_steps=...)"
         raise ValueError(message("LRSchedule", "total_steps", "given where the run does not tell it", got, fix))
     return int(steps)
+
+
+def remaining_length(trainer: pl.Trainer, step: int, steps_per_epoch: int, total_steps: int) -> int:
+    """Optimizer steps of a run whose epochs have another length from now on.
+
+    Args:
+        trainer: the trainer in `on_train_start`.
+        step: steps done before.
+        steps_per_epoch: length of the epochs that are left.
+        total_steps: what `run_length` says.
+    Returns:
+        Steps from the beginning of the run; `total_steps` where `max_steps` alone ends it.
+    """
+    if trainer.max_epochs in (None, -1):
+        return total_steps
+    length = step + (trainer.max_epochs - trainer.current_epoch) * steps_per_epoch
+    return length if trainer.max_steps == -1 else min(length, trainer.max_steps)

@@ -23,16 +23,18 @@ class UpdateMonitor(Callback):
 
     The update is what the optimizer truly did, whatever its kind: weight decay, momentum and clipping included. A ratio
     of about 1e-3 is healthy as a rule. The gradients are those the step starts from: accumulated, unscaled, averaged
-    over ranks, before clipping. Keys are `grad_norm/total`, `weight_norm/total`, `update_ratio/total` and the same with
-    the name of each module that has parameters of its own (`update_ratio/encoder.0`). A module of zeros has a ratio of
-    inf.
+    over ranks, before Lightning clips them (a module that optimizes by hand may have clipped them itself). Keys are
+    `grad_norm/total`, `weight_norm/total`, `update_ratio/total` and the same with the name of each module that has
+    parameters of its own (`update_ratio/encoder.0`). A module of zeros that moves has a ratio of inf.
 
     Only every n-th step is measured, with one transfer to the host and one row in each logger, on the step of
-    Lightning's own rows; the others cost nothing. A logged step that a GradScaler skipped has no row. Without a logger
+    Lightning's own rows; the others cost nothing. A logged step that a GradScaler skipped has no row. Of several
+    optimizers each one's next step is measured, and the total is over those that stepped in the batch. Without a logger
     nothing is measured.
 
     Args:
-        every_n_steps: how often (optimizer steps), at least 1; counted as Lightning counts `log_every_n_steps`.
+        every_n_steps: how often, at least 1; counted as Lightning counts `log_every_n_steps`: optimizer steps, or
+            batches where the module optimizes by hand.
     Raises:
         TypeError, ValueError: an argument out of range, another UpdateMonitor in the Trainer, a strategy that shards
             the parameters, or a module called `total`.
@@ -48,10 +50,13 @@ class UpdateMonitor(Callback):
         check_count("UpdateMonitor", "every_n_steps", every_n_steps, 1, "optimizer steps", "50 is the default")
         self.every_n_steps = every_n_steps
         self.last: dict[str, float] = {}
-        self._measuring = False
+        self._manual = False
+        self._due: set[int] = set()  # optimizers whose next real step is measured, by id
         self._names: dict[int, str] = {}
+        self._parameters: dict[int, list[Tensor]] = {}
         self._weights: dict[int, list[Tensor]] = {}
         self._gradients: dict[int, Tensor] = {}
+        self._fallback: dict[int, Tensor] = {}
         self._norms: list[tuple[list[str], tuple[Tensor, Tensor, Tensor]]] = []
         self._handles: list[RemovableHandle] = []
 
@@ -73,37 +78,47 @@ class UpdateMonitor(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the optimizers, if there is a logger to tell."""
-        if trainer.loggers and trainer.log_every_n_steps > 0:
-            self._handles = after_real_steps("UpdateMonitor", trainer.optimizers, self._after_step)
-            self._handles += [optimizer.register_step_pre_hook(self._before_step) for optimizer in trainer.optimizers]
+        if not trainer.loggers or trainer.log_every_n_steps == 0:
+            return
+        if "total" in {_group(name) for name, _ in pl_module.named_parameters()}:
+            fix = "Its keys would be those of the total; rename it"
+            raise ValueError(message("UpdateMonitor", "modules", "none called 'total'", "total", fix))
+        self._manual = not pl_module.automatic_optimization
+        self._handles = after_real_steps("UpdateMonitor", trainer.optimizers, self._after_step)
+        self._handles += [optimizer.register_step_pre_hook(self._before_step) for optimizer in trainer.optimizers]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Decide whether the coming step is a logged one."""
         step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
-        self._measuring = bool(self._handles) and step % self.every_n_steps == 0
-        if self._measuring and not self._names:
+        if self._handles and step % self.every_n_steps == 0:
+            self._due = {id(optimizer) for optimizer in trainer.optimizers}
+        if self._due:
             self._names = {id(parameter): _group(name) for name, parameter in pl_module.named_parameters()}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Measure the gradients while they are fresh, unscaled and unclipped."""
-        if self._measuring and id(optimizer) not in self._gradients:
-            scale = 1.0
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-                scale = scaler.get_scale()  # a fused optimizer unscales inside its step
-            self._gradients[id(optimizer)] = self._gradient_norms(optimizer) / scale
+        key = id(optimizer)
+        if key not in self._due or (key in self._weights and key in self._gradients):
+            return  # not asked for, or a further closure of the same step
+        scale = 1.0
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scale = scaler.get_scale()  # a fused optimizer unscales inside its step
+        self._gradients[key] = self._gradient_norms(optimizer) / scale
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move what was measured to the host at once, and log it in one row."""
-        if self._measuring and self._norms:
+        if self._norms:
             self.last = self._summary()
             log_scalars(trainer, self.last)
+        if not self._manual and not trainer.fit_loop._should_accumulate():
+            self._due = set()  # a step that was skipped has no row; a module that steps by hand may do so later
         self._forget()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -121,53 +136,61 @@ class UpdateMonitor(Callback):
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._due = [], set()
         self._forget()
 
     def _forget(self) -> None:
-        self._measuring = False
-        self._names, self._weights, self._gradients, self._norms = {}, {}, {}, []
+        self._names, self._parameters, self._weights, self._norms = {}, {}, {}, []
+        self._gradients, self._fallback = {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": [], "_weights": {}, "_gradients": {}, "_norms": [], "_names": {}}
+        kept = {"every_n_steps": self.every_n_steps, "last": self.last}
+        return {**type(self)(self.every_n_steps).__dict__, **kept}
 
     # ------------------------------------------------------------------ what
 
-    def _parameters(self, optimizer: Optimizer) -> list[Tensor]:
-        every = [p for group in optimizer.param_groups for p in group["params"]]
-        return [p for p in every if p.requires_grad and id(p) in self._names and p.numel() > 0]
+    def _measured(self, optimizer: Optimizer) -> list[Tensor]:
+        """The parameters that are measured in this step, each with one optimizer only."""
+        if id(optimizer) not in self._parameters:
+            taken = {id(p) for parameters in self._parameters.values() for p in parameters}
+            every = [p for group in optimizer.param_groups for p in group["params"]]
+            named = [p for p in every if p.requires_grad and p.numel() > 0 and id(p) in self._names]
+            self._parameters[id(optimizer)] = [p for p in named if id(p) not in taken]
+        return self._parameters[id(optimizer)]
 
+    @torch.no_grad()
     def _gradient_norms(self, optimizer: Optimizer) -> Tensor:
-        with torch.no_grad():
-            return tensor_norms([p.new_zeros(1) if p.grad is None else p.grad for p in self._parameters(optimizer)])
+        return tensor_norms([p.new_zeros(1) if p.grad is None else p.grad for p in self._measured(optimizer)])
 
     def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if self._measuring and id(optimizer) not in self._weights:
-            self._weights[id(optimizer)] = [p.detach().clone() for p in self._parameters(optimizer)]
+        key = id(optimizer)
+        if key in self._due and key not in self._weights:
+            if self._manual:
+                # Of an optimizer of the user's own, past Lightning's hook; where that comes it measures anew.
+                self._fallback[key] = self._gradient_norms(optimizer)
+            self._weights[key] = [p.detach().clone() for p in self._measured(optimizer)]
 
     def _after_step(self, optimizer: Optimizer) -> None:
-        before = self._weights.get(id(optimizer)) if self._measuring else None
-        if not before:
+        key = id(optimizer)
+        before = self._weights.get(key)
+        if key not in self._due or not before:
             return
-        self._weights[id(optimizer)] = []  # of several steps in one batch the first is measured
-        after = [p.detach() for p in self._parameters(optimizer)]
-        gradients = self._gradients.get(id(optimizer))
-        if gradients is None:  # an optimizer of the user's own, past Lightning's hook
-            gradients = self._gradient_norms(optimizer)
-        names = [self._names[id(p)] for p in self._parameters(optimizer)]
-        self._norms.append((names, (gradients, tensor_norms(before), update_norms(before, after))))
+        self._due.discard(key)  # of several steps in one batch the first is measured
+        measured = self._measured(optimizer)
+        updates = update_norms(before, [p.detach() for p in measured])
+        names = [self._names[id(p)] for p in measured]
+        gradients = self._gradients[key] if key in self._gradients else self._fallback[key]
+        self._norms.append((names, (gradients, tensor_norms(before), updates)))
 
     def _summary(self) -> dict[str, float]:
         names = [name for group, _ in self._norms for name in group]
         groups = list(dict.fromkeys(names))
-        if "total" in groups:
-            fix = "Its keys would be those of the total; rename it"
-            raise ValueError(message("UpdateMonitor", "modules", "none called 'total'", groups, fix))
         index = [groups.index(name) for name in names]
         gradients, weights, updates = (
             group_norms(torch.cat([norms[i] for _, norms in self._norms]), index, len(groups)) for i in range(3)
         )
-        rows = torch.stack([gradients, weights, updates / weights]).tolist()
+        ratios = torch.where(updates == 0, updates, updates / weights)
+        rows = torch.stack([gradients, weights, ratios]).tolist()
         keys = ("grad_norm", "weight_norm", "update_ratio")
         return {
             f"{key}/{name}": x

@@ -53,7 +53,7 @@ def ema_(average: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> 
 
 @torch.no_grad()
 def can_average(tensor: Tensor) -> bool:
-    """Whether an average of this tensor means anything: floating or complex, and finite throughout.
+    """Whether an average of this tensor means anything: floating or complex, dense and finite throughout.
 
     Integers (batch counts, masks of indices) have no running mean, and an infinite entry (an attention mask's -inf)
     would turn into NaN.
@@ -66,4 +66,5 @@ def can_average(tensor: Tensor) -> bool:
         >>> can_average(torch.ones(2)), can_average(torch.tensor(3)), can_average(torch.tensor(-torch.inf))
         (True, False, False)
     """
-    return (tensor.is_floating_point() or tensor.is_complex()) and bool(torch.isfinite(tensor).all())
+    number = tensor.is_floating_point() or tensor.is_complex()
+    return number and tensor.layout == torch.strided and bool(torch.isfinite(tensor).all())

@@ -13,14 +13,16 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
         norms[i] = sqrt(sum(|tensors[i]| ** 2))
 
     Args:
-        tensors: floating or complex tensors of any shapes; half precision is summed in float32.
+        tensors: floating or complex tensors of any shapes, dense or sparse. Squares are summed in float32, of
+            float64 in float64: entries of float32 beyond 1e-19 or 1e19 count as 0 or give inf.
     Returns:
         (len(tensors),) float64 on the first one's device; nothing is transferred to the host.
     Example:
         >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(2)])
         tensor([5., 0.], dtype=torch.float64)
     """
-    real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors]
+    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in dense]
     norms: list[Tensor] = [torch.empty(())] * len(real)
     for dtype in {t.dtype for t in real}:
         chosen = [i for i, t in enumerate(real) if t.dtype == dtype]
@@ -67,4 +69,9 @@ def update_norms(before: Iterable[Tensor], after: Iterable[Tensor]) -> Tensor:
         >>> update_norms([torch.zeros(2)], [torch.tensor([0.3, 0.4])])
         tensor([0.5000], dtype=torch.float64)
     """
-    return tensor_norms([new - old for new, old in zip(after, before, strict=True)])
+    pairs = zip(after, before, strict=True)
+    return tensor_norms([_widened(new) - _widened(old) for new, old in pairs])
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

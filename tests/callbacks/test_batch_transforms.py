@@ -145,6 +145,11 @@ class Sample:
     name: str = "x"
 
 
+class Plain:
+    def __init__(self, image, label):
+        self.image, self.label = image, label
+
+
 def as_dict(images, labels):
     return {"image": images, "label": labels, "name": "x"}
 
@@ -156,6 +161,7 @@ STRUCTURES = {
     "named tuple by name": (lambda x, y: Pair(x, y, 1.0), {"images": "image", "labels": "label"}),
     "dict": (as_dict, {"images": "image", "labels": "label"}),
     "dataclass": (lambda x, y: Sample(x, y), {"images": "image", "labels": "label"}),
+    "object": (Plain, {"images": "image", "labels": "label"}),
     "from the end": (lambda x, y: ("x", x, y), {"images": -2, "labels": -1}),
 }
 
@@ -168,14 +174,8 @@ def test_structure_of_a_batch_is_kept(name):
     class Reads(Net):
         def training_step(self, batch, batch_idx):
             given.append(batch)
-            images, labels = (batch["image"], batch["label"]) if name == "dict" else (None, None)
-            if name != "dict":
-                images = next(
-                    v for v in (vars(batch).values() if name == "dataclass" else batch) if isinstance(v, torch.Tensor)
-                )
-                labels = next(
-                    v for v in (vars(batch).values() if name == "dataclass" else batch) if isinstance(v, MixedLabels)
-                )
+            values = batch.values() if name == "dict" else vars(batch).values() if hasattr(batch, "__dict__") else batch
+            images, labels = [value for value in values if isinstance(value, torch.Tensor)]
             return F.cross_entropy(self(images), labels)
 
     plain = [make(*batch) for batch in loader()]
@@ -305,6 +305,66 @@ def test_the_owners_own_hook_comes_first(data_module, module):
         assert "on_after_batch_transfer" not in vars(thing or module)
 
 
+def test_datamodule_of_an_earlier_call_is_not_asked():
+    module, trainer = Keep(), make_trainer([tricks()], max_epochs=1)
+    trainer.validate(module, datamodule=Data(), verbose=False)
+    trainer.fit(module, loader(), loader(8))
+    assert all(isinstance(labels, MixedLabels) for _, labels in module.batches)
+
+
+def test_batch_that_goes_past_the_transforms_is_an_error():
+    class Replaces(Callback):
+        def on_train_start(self, trainer, pl_module):
+            pl_module.on_after_batch_transfer = functools.partial(lambda batch, dataloader_idx: batch)
+
+    with pytest.raises(
+        RuntimeError, match="hook must be the one that Lightning calls, got 'a batch that went past it'"
+    ):
+        fit([tricks(), Replaces()])
+
+
+def test_batch_that_the_step_itself_moves_is_left_alone():
+    extra = []
+
+    class Moves(Keep):
+        def training_step(self, batch, batch_idx):
+            extra.append(self._apply_batch_transfer_handler(next(iter(loader(4)))))
+            return super().training_step(batch, batch_idx)
+
+    fit([tricks()], Moves(), max_epochs=1)
+    assert all(type(labels) is torch.Tensor for _, labels in extra)
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+def test_batch_of_none_is_skipped_as_lightning_does():
+    batches = [None if index == 2 else tuple(batch) for index, batch in enumerate(loader())]
+    module = Keep()
+    trainer, _ = fit([tricks()], module, train=Batches(batches), max_epochs=2)
+    assert trainer.global_step == len(module.batches) == 10
+
+
+def test_epoch_that_the_module_ends_early():
+    class Ends(Keep):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if batch_idx == 3 else None
+
+    module = Ends()
+    fit([tricks()], module, max_epochs=2)
+    assert len(module.batches) == 6
+    assert all(isinstance(labels, MixedLabels) for _, labels in module.batches)
+
+
+def test_new_run_has_the_seed_of_its_own_time(monkeypatch):
+    callback, runs = tricks(seed=None), {}
+    for seed in ("1", "2", "1"):
+        monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+        module = Keep()
+        fit([callback], module, max_epochs=1)
+        runs.setdefault(seed, []).append(module.batches[0][0])
+    assert torch.equal(*runs["1"])
+    assert not torch.equal(runs["1"][0], runs["2"][0])
+
+
 def test_data_module_without_a_hook_gets_no_warning():
     trainer = make_trainer([tricks()], max_epochs=1)
     trainer.fit(Keep(), datamodule=Data())
@@ -384,6 +444,43 @@ class Opaque(torch.autograd.Function):
 def test_labels_that_no_known_loss_used_are_refused_at_the_steps_end(loss):
     with pytest.raises(RuntimeError, match=f"got 'a training_step of Loss whose loss did not use them'.*{WAYS_OUT}"):
         fit([tricks()], Loss(loss))
+
+
+def test_known_loss_that_is_only_logged_does_not_pass_for_the_loss():
+    def loss(logits, labels):
+        with torch.no_grad():
+            F.cross_entropy(logits, labels)
+        F.cross_entropy(logits.detach(), labels)
+        return logits.square().mean()
+
+    with pytest.raises(RuntimeError, match="whose loss did not use them"):
+        fit([tricks()], Loss(loss))
+
+
+def test_backward_past_lightnings_hook_is_watched_too():
+    class Manual(Loss):
+        def __init__(self, loss):
+            super().__init__(loss)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx).backward()
+            self.optimizers().step()
+
+    fit([tricks()], Manual(F.cross_entropy))
+    with pytest.raises(RuntimeError, match="whose loss did not use them"):
+        fit([tricks()], Manual(lambda x, y: x.square().mean()))
+
+
+def test_transform_that_loses_the_mix_is_refused():
+    def twice(images, labels, generator=None, inplace=False):
+        return torch.cat([images, images]), torch.cat([labels, labels])
+
+    with pytest.raises(TypeError, match="BatchTransforms: transforms must be one that keeps the mix of the labels"):
+        fit([lt.BatchTransforms([lt.Mixup(1.0), twice])])
+    module = Keep()
+    fit([lt.BatchTransforms([twice, lt.Mixup(1.0)])], module, max_epochs=1)
+    assert len(module.batches[0][1]) == 8
 
 
 def test_manual_optimization_is_watched_too():

@@ -95,6 +95,91 @@ def test_weights_of_a_score_in_mid_epoch(ema_first):
     assert_same(snapshot(module), module.validated[1])
 
 
+class Reads(Callback):
+    """Lightning makes a new tensor of a metric at every look."""
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.callback_metrics.get("score")
+
+
+@pytest.mark.parametrize("options", [{}, {"val_check_interval": 5}])
+@pytest.mark.parametrize("other", [Reads, lambda: lt.EarlyStopping("score", patience=50, mode="max")])
+def test_whoever_looks_at_the_metrics_changes_nothing(other, options):
+    callback = stop(patience=100, restore_best=True, check_on_train_epoch_end=True)
+    _, module = train([lt.EMA(decay=0.9), callback, other()], [0.5, 0.3, 0.6], **options)
+    assert_same(snapshot(module), module.validated[1])
+
+
+@pytest.mark.parametrize("ema_first", [True, False])
+def test_score_of_training_checked_in_validation_keeps_the_raw_weights(ema_first):
+    raw = []
+
+    class LogsInTraining(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/score", [0.5, 0.3, 0.6, 0.7][self.global_step // 3])
+            return loss
+
+        def on_train_batch_end(self, *args):
+            if self.global_step % 3 == 0:
+                raw.append(snapshot(self))
+
+    callback, ema = lt.EarlyStopping("train/score", patience=100, restore_best=True), lt.EMA(decay=0.9)
+    callbacks = [ema, callback] if ema_first else [callback, ema]
+    _, module = fit(callbacks, LogsInTraining(), val_check_interval=3, num_sanity_val_steps=0)
+    assert_same(
+        {k: v for k, v in snapshot(module).items() if "tracked" not in k and "running" not in k},
+        {k: v for k, v in raw[1].items() if "tracked" not in k and "running" not in k},
+    )
+
+
+def test_score_that_was_ignored_is_not_checked_again_where_there_is_no_validation():
+    options = {"ignore_first": 1, "check_on_train_epoch_end": True, "strict": False}  # epoch 0 has no score at all
+    callback = stop(patience=100, restore_best=True, **options)
+    _, module = train([callback], [0.1, 0.5, 0.4, 0.3], check_val_every_n_epoch=2, max_epochs=8)
+    assert callback.checks == 4
+    assert_same(snapshot(module), module.validated[3])
+
+
+def test_new_trainer_begins_anew():
+    """As in cross-validation: the last fold's weights must not end up in this one's module."""
+    callback = stop(patience=2, restore_best=True)
+    train([callback], [0.1, 0.2, 0.3, 0.4])
+    trainer, module = train([callback], [0.9, 0.8, 0.7, 0.6])
+    assert trainer.current_epoch == 4
+    assert_same(snapshot(module), module.validated[3])
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2])
+def test_resume_from_a_checkpoint_written_before_the_check(epoch, tmp_path):
+    scores = [0.5, 0.4, 0.6, 0.7, 0.65]
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+    whole, module = train([lt.EMA(0.9), stop(patience=2, restore_best=True), save], scores)
+    callback = stop(patience=2, restore_best=True)
+    rest = Scores(scores[epoch + 1 :])
+    save = ModelCheckpoint(tmp_path / "rest", filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+    trainer = make_trainer([lt.EMA(0.9), callback, save], max_epochs=5, num_sanity_val_steps=0)
+    trainer.fit(rest, loader(), loader(8, seed=5), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+    assert trainer.current_epoch == whole.current_epoch == 4
+    assert_same(snapshot(rest), snapshot(module))
+
+
+def test_restoration_of_a_buffer_that_grows():
+    class Grows(Scores):
+        def __init__(self, scores):
+            super().__init__(scores)
+            self.register_buffer("bank", torch.zeros(0))
+
+        def training_step(self, batch, batch_idx):
+            self.bank = torch.cat([self.bank, torch.ones(1)])
+            return super().training_step(batch, batch_idx)
+
+    callback = stop(patience=100, restore_best=True)
+    _, module = fit([callback, lt.EMA(0.9)], Grows([0.5, 0.4, 0.6]), max_epochs=3, num_sanity_val_steps=0)
+    assert_same(snapshot(module), module.validated[1])
+    assert len(module.bank) == 12
+
+
 def test_score_of_training_keeps_the_raw_weights():
     raw = []
 
@@ -146,13 +231,14 @@ def test_min_epochs_without_an_improvement_stop():
     assert trainer.current_epoch == 4
 
 
-def test_stop_of_another_callback_is_not_taken_back():
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_stop_of_another_callback_is_not_taken_back(epoch):
     class StopNow(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
-            trainer.should_stop = True
+            trainer.should_stop = trainer.should_stop or trainer.current_epoch == epoch
 
-    trainer, _ = train([StopNow(), stop(patience=1)], [0.5, 0.4, 0.3], min_epochs=2)
-    assert trainer.current_epoch == 2
+    trainer, _ = train([StopNow(), stop(patience=1)], [0.5, 0.6, 0.7, 0.4, 0.3, 0.2], min_epochs=4)
+    assert trainer.current_epoch == 4
 
 
 def test_resume_has_the_new_patience(tmp_path):

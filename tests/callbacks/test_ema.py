@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
     ModelCheckpoint,
+    ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
@@ -160,6 +161,66 @@ def test_module_that_writes_its_own_state_dict():
         assert_same(checkpoint["current_model_state"][f"renamed.{name}"], oracle.raw[f"renamed.{name}"])
 
 
+class WithBuffer(Net):
+    """A buffer that each training step changes."""
+
+    def __init__(self, change, start):
+        super().__init__()
+        self.register_buffer("extra", start)
+        self.change = change
+
+    def training_step(self, batch, batch_idx):
+        self.extra = self.change(self.extra)
+        return super().training_step(batch, batch_idx)
+
+
+def test_buffer_that_grows_or_is_taken_away_stays_as_the_module_has_it():
+    _, module = fit([lt.EMA(0.9)], WithBuffer(lambda bank: torch.cat([bank, torch.ones(1)]), torch.zeros(1)))
+    assert module.extra.tolist() == [0.0] + [1.0] * 12
+    _, module = fit([lt.EMA(0.9)], WithBuffer(lambda bank: None, torch.zeros(1)))
+    assert module.extra is None
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_buffer_stays_as_the_module_has_it(layout):
+    graph = torch.eye(3).to_sparse(layout=layout)
+    trainer, module = fit([lt.EMA(0.9)], WithBuffer(lambda same: same, graph))
+    assert module.extra is graph
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, loader(), loader(8))
+
+
+def parametrized(layer):
+    return nn.utils.parametrizations.spectral_norm(layer)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated")
+@pytest.mark.parametrize("norm", [parametrized, nn.utils.spectral_norm])
+def test_spectral_norm_normalises_the_average(norm):
+    class Spectral(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = norm(nn.Linear(8, 3))
+
+    def norm_after(callbacks):
+        trainer, module = fit(callbacks, Spectral(), max_epochs=6)
+        module.eval()
+        module(torch.zeros(2, 1, 4, 4))
+        return torch.linalg.matrix_norm(module.head.weight.detach(), 2).item(), trainer, module
+
+    best = {"monitor": "val/loss", "mode": "max", "patience": 100, "restore_best": True}
+    for callbacks in ([], [lt.EarlyStopping(**best)]):
+        for ordered in ([lt.EMA(0.99), *callbacks], [*callbacks, lt.EMA(0.99)]):
+            top, trainer, module = norm_after(ordered)
+            assert top == pytest.approx(1, abs=1e-3)
+    loaded = Spectral()
+    trainer.save_checkpoint("spectral.ckpt")
+    loaded.load_state_dict(torch.load("spectral.ckpt", weights_only=True)["state_dict"])
+    loaded.eval()
+    assert_same(loaded(torch.ones(2, 1, 4, 4)), module(torch.ones(2, 1, 4, 4)))
+
+
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
 
@@ -267,6 +328,51 @@ def test_ema_that_joins_a_resumed_run_starts_after_its_first_step(tmp_path):
     assert ema.updates == 6
 
 
+def test_resume_without_a_part_of_the_module(tmp_path):
+    class Larger(Net):
+        def __init__(self):
+            super().__init__()
+            self.auxiliary = nn.Linear(2, 2)
+
+    class Smaller(Net):
+        strict_loading = False
+
+    fit([lt.EMA(0.9), every_epoch(tmp_path)], Larger(), max_epochs=1)
+    ema = lt.EMA(0.9)
+    with pytest.raises(ValueError, match="optimizer"):  # Lightning's own refusal, once the weights are loaded
+        fit([ema, every_epoch(tmp_path / "rest")], Smaller(), ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=2)
+    assert ema.updates == 6
+
+
+def test_resume_of_a_module_that_renames_its_keys(tmp_path):
+    oracle = Oracle()
+    fit([lt.EMA(0.9), oracle, every_epoch(tmp_path)], max_epochs=1)
+
+    class Renamed(Net):
+        def __init__(self):
+            super().__init__()
+            self.classifier = self.head
+            del self.head
+
+        def forward(self, images):
+            return self.classifier(self.frozen(self.body(images)))
+
+        def on_load_checkpoint(self, checkpoint):
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {key.replace("head.", "classifier."): value for key, value in state.items()}
+
+    ema, start = lt.EMA(0.9), []
+
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module):
+            start.append(parameters(pl_module))
+
+    callbacks = [ema, Start(), every_epoch(tmp_path / "rest")]
+    fit(callbacks, Renamed(), ckpt_path=tmp_path / "epoch=0.ckpt", max_epochs=2)
+    assert_same(start[0]["classifier.weight"], oracle.raw["head.weight"])
+    assert ema.updates == 12
+
+
 def test_stages_with_a_checkpoint_see_the_average(tmp_path):
     _, module = fit([lt.EMA(decay=0.9), every_epoch(tmp_path)])
     other = Net()
@@ -296,6 +402,16 @@ def test_second_fit_of_a_changed_module_starts_a_new_average(caplog):
     assert ema.updates == 6
     assert_same(start, [parameters(Net())])
     assert "a new average starts" in caplog.text
+
+
+def test_second_fit_of_a_module_whose_rows_were_swapped_starts_a_new_average():
+    ema = lt.EMA(decay=0.9)
+    trainer, module = fit([ema])
+    with torch.no_grad():
+        module.head.weight.copy_(module.head.weight.flip(0))
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(module, loader(), loader(8))
+    assert ema.updates == 6
 
 
 def test_checkpoint_of_a_module_that_was_changed_after_fit_is_that_module(tmp_path):
@@ -490,6 +606,11 @@ def test_lightnings_averaging_beside_ours_is_refused():
         fit([lt.EMA(), EMAWeightAveraging()])
     with pytest.raises(ValueError, match="EMA: callbacks must be the only one that averages, got"):
         fit([lt.EMA(), StochasticWeightAveraging(swa_lrs=0.1)])
+
+
+def test_pruning_beside_it_is_refused():
+    with pytest.raises(ValueError, match="EMA: callbacks must be without ModelPruning, got 'ModelPruning'"):
+        fit([lt.EMA(), ModelPruning("l1_unstructured")])
 
 
 def test_half_precision_weights_are_refused():

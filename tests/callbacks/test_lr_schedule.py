@@ -4,6 +4,7 @@ import pytest
 import torch
 from kit import MemoryLogger, Net, every_epoch, fit, loader, make_trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     Callback,
     GradientAccumulationScheduler,
     LearningRateMonitor,
@@ -209,7 +210,59 @@ def test_resume_for_longer_stretches_the_schedule_and_says_so(tmp_path, caplog):
             max_epochs=4,
         )
     assert rates.first == pytest.approx([0.05 * (1 - k / 24) for k in range(12, 24)])
-    assert "had 12 optimizer steps, this one has 24; the schedule is stretched, and goes on at step 12" in caplog.text
+    assert "had 12 optimizer steps, now it has 24; the schedule is stretched, and goes on at step 12" in caplog.text
+
+
+@pytest.mark.parametrize(("options", "total"), [({"accumulate_grad_batches": 2}, 18), ({"limit_train_batches": 3}, 18)])
+def test_resume_with_other_epochs_counts_what_is_left(options, total, tmp_path):
+    """Two epochs of six steps are done; the two that are left have three each."""
+    fit([lt.LRSchedule(lt.Linear()), every_epoch(tmp_path)], max_epochs=4)
+    trainer, _ = fit(
+        [lt.LRSchedule(lt.Linear()), every_epoch(tmp_path / "rest")],
+        ckpt_path=tmp_path / "epoch=1.ckpt",
+        max_epochs=4,
+        **options,
+    )
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    assert (scheduler.total_steps, scheduler.last_epoch) == (total, total)
+
+
+def test_fit_that_had_nothing_to_train_or_failed_early_loses_no_step():
+    class FailsInSanityCheck(Net):
+        fail = False
+
+        def validation_step(self, batch, batch_idx):
+            if self.fail:
+                raise RuntimeError("failed in the sanity check")
+            super().validation_step(batch, batch_idx)
+
+    rates = Rates()
+    trainer, module = fit([lt.LRSchedule(lt.Linear(), total_steps=24), rates], FailsInSanityCheck())
+    trainer.fit(module, loader(), loader(8))  # max_epochs was reached
+    module.fail, trainer.fit_loop.max_epochs = True, 4
+    with pytest.raises(RuntimeError, match="failed in the sanity check"):
+        trainer.fit(module, loader(), loader(8))
+    module.fail = False
+    module.train()
+    trainer.fit(module, loader(), loader(8))
+    assert rates.first == pytest.approx([0.05 * (1 - k / 24) for k in range(24)])
+
+
+def test_group_with_a_tensor_for_a_rate_that_is_added_in_the_run():
+    class AddGroup(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                parameters = pl_module.frozen.requires_grad_(True).parameters()
+                trainer.optimizers[0].add_param_group({"params": parameters, "lr": torch.tensor(0.3)})
+
+    rates = Rates()
+
+    class Copy(Callback):
+        def on_train_batch_start(self, trainer, *args):
+            rates.rates.append([float(group["lr"]) for group in trainer.optimizers[0].param_groups])
+
+    fit([lt.LRSchedule(lt.Linear()), AddGroup(), Copy()])
+    assert [row[1] for row in rates.rates[6:]] == pytest.approx([0.3] + [0.3 * (1 - k / 12) for k in range(7, 12)])
 
 
 def test_schedule_that_joins_a_resumed_run_goes_on_at_its_step(tmp_path):
@@ -316,6 +369,8 @@ def test_scheduler_of_the_module_is_refused():
 def test_lightnings_swa_is_refused():
     with pytest.raises(ValueError, match="LRSchedule: callbacks must be the only one that sets the rate"):
         fit([lt.LRSchedule(lt.Linear()), StochasticWeightAveraging(swa_lrs=0.1)])
+    with pytest.raises(ValueError, match=r"LRSchedule: callbacks .* got \['BackboneFinetuning'\]"):
+        fit([lt.LRSchedule(lt.Linear()), BackboneFinetuning()])
 
 
 @pytest.mark.parametrize("schedule", [None, 0.1, lt.Cosine])

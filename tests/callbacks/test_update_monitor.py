@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kit import MemoryLogger, Net, fit, plugin_that_skips
+from kit import MemoryLogger, Net, fit, loader, plugin_that_skips
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
@@ -199,6 +199,125 @@ def test_parameter_at_the_root_tied_unused_and_zero_ones():
     assert "update_ratio/twin" not in row  # its weight is the head's
 
 
+class ByHand(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+def test_step_by_hand_that_comes_later_is_measured_then():
+    class Accumulates(ByHand):
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            if batch_idx % 4 == 0:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    logger = MemoryLogger()
+    fit([lt.UpdateMonitor(6)], Accumulates(), train=loader(64), logger=logger, max_epochs=1)
+    assert list(ours(logger)) == [8, 12]
+
+
+def test_optimizers_that_take_turns_are_all_measured():
+    class Turns(ByHand):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(self.body.parameters(), 0.1)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()[batch_idx % 2]
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    logger = MemoryLogger()
+    fit([lt.UpdateMonitor(4)], Turns(), train=loader(48), logger=logger, max_epochs=1)
+    modules = {step: {key.partition("/")[2] for key in row} - {"total"} for step, row in ours(logger).items()}
+    assert modules == {step: {"body.1", "body.2"} if step % 2 else {"head"} for step in (3, 4, 7, 8, 11)}
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_optimizer_past_lightnings_hook_that_changes_its_gradients(foreach):
+    class Nesterov(ByHand):
+        def configure_optimizers(self):
+            parameters = [p for p in self.parameters() if p.requires_grad]
+            return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, foreach=foreach)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            truth.append(norm(p.grad for p in self.parameters() if p.grad is not None))
+            optimizer.step()
+
+    truth, logger = [], MemoryLogger()
+    fit([lt.UpdateMonitor(1)], Nesterov(), logger=logger, max_epochs=1)
+    assert [row["grad_norm/total"] for row in ours(logger).values()] == pytest.approx(truth)
+
+
+def test_sparse_gradients():
+    class Embeds(Net):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(10, 3, sparse=True)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.table(torch.tensor([1, 1, 2, 7])), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.table.parameters(), lr=0.1)
+
+    truth, logger = [], MemoryLogger()
+
+    class Truth(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            truth.append(norm([pl_module.table.weight.grad.to_dense()]))
+
+    fit([Truth(), lt.UpdateMonitor(1)], Embeds(), logger=logger, max_epochs=1)
+    assert [row["grad_norm/table"] for row in ours(logger).values()] == pytest.approx(truth)
+
+
+def test_parameters_frozen_between_the_gradients_and_the_step():
+    class Freezes(Net):
+        def on_before_optimizer_step(self, optimizer):
+            self.body.requires_grad_(False)
+
+    logger = MemoryLogger()
+    fit([lt.UpdateMonitor(1)], Freezes(), logger=logger, max_epochs=1)
+    assert "update_ratio/body.1" in ours(logger)[0]
+    assert "update_ratio/body.1" not in ours(logger)[1]
+
+
+def test_parameters_of_two_optimizers_count_once():
+    class Shared(ByHand):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(self.head.parameters(), 0.1)
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+                optimizer.step()
+
+    logger, oracle = MemoryLogger(), Oracle()
+    fit([oracle, lt.UpdateMonitor(1)], Shared(), logger=logger, max_epochs=1)
+    for step, row in ours(logger).items():
+        assert row["weight_norm/total"] == pytest.approx(oracle.rows[step]["weight_norm/head"])
+
+
+def test_weights_of_zero_that_stay_have_a_ratio_of_zero():
+    class Still(Net):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(1))
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 0 * self.scale.sum()
+
+    logger = MemoryLogger()
+    fit([lt.UpdateMonitor(1)], Still(), logger=logger, max_epochs=1)
+    assert {row["update_ratio/scale"] for row in ours(logger).values()} == {0.0}
+
+
 def test_lbfgs_measures_the_gradient_it_starts_from():
     class Lbfgs(Net):
         def configure_optimizers(self):
@@ -252,8 +371,10 @@ def test_module_called_total_is_refused():
             super().__init__()
             self.total = nn.Linear(2, 2)
 
+    module = Total()
     with pytest.raises(ValueError, match="UpdateMonitor: modules must be none called 'total'"):
-        fit([lt.UpdateMonitor(1)], Total(), logger=MemoryLogger())
+        fit([lt.UpdateMonitor(50)], module, logger=MemoryLogger())
+    assert module.losses == []
 
 
 @pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.0, TypeError), (None, TypeError)])

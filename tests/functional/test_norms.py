@@ -123,3 +123,13 @@ def test_the_update_takes_generators_and_wants_them_of_one_length():
     assert update_norms((t for t in before), (t for t in after)).tolist() == [5, 2]
     with pytest.raises(ValueError, match="zip"):
         update_norms(before, after[:1])
+
+
+def test_a_sparse_tensor_with_repeated_entries_is_measured():
+    tensor = torch.sparse_coo_tensor([[0, 0, 2]], [3.0, 1.0, 3.0], (4,), check_invariants=True)
+    assert tensor_norms([tensor]).tolist() == [5.0]
+
+
+def test_updates_of_half_precision_do_not_overflow():
+    before, after = torch.tensor([6e4], dtype=torch.float16), torch.tensor([-6e4], dtype=torch.float16)
+    assert update_norms([before], [after]).tolist() == [2 * before.double().item()]
