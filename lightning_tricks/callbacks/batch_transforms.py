@@ -1,11 +1,9 @@
 """Train-only transforms of whole batches, on the batch's device, for an unchanged module."""
 
-import copy
-import dataclasses
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Generator, Tensor
 from torch.optim import Optimizer
 
+from lightning_tricks.callbacks.batches import describe, read_item, write_item
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.labels import WAYS_OUT, MixedLabels, soft_targets
 from lightning_tricks.loggers import log_settings
@@ -219,14 +218,14 @@ class BatchTransforms(Callback):
                 condition = "one that keeps the mix of the labels"
                 raise TypeError(message("BatchTransforms", "transforms", condition, transform, fix))
         if labels is None:
-            return _write(batch, self.images, images)
+            return write_item(batch, self.images, images)
         if self.targets == "soft":
             assert self.num_classes is not None
             labels = soft_targets(labels, self.num_classes)
         elif isinstance(labels, MixedLabels):
             self._mixed = labels
         assert self.labels is not None
-        return _write(_write(batch, self.images, images), self.labels, labels)
+        return write_item(write_item(batch, self.images, images), self.labels, labels)
 
     def _generator(self, trainer: pl.Trainer) -> Generator:
         batch_idx = trainer.fit_loop.batch_idx + 1  # of the batch that is on its way
@@ -235,13 +234,8 @@ class BatchTransforms(Callback):
         return Generator().manual_seed(int.from_bytes(digest, "little"))
 
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        found: list[Any] = []
-        for where in (self.images, self.labels):
-            try:
-                found.append(None if where is None else _item(batch, where))
-            except (KeyError, IndexError, TypeError, AttributeError):
-                found.append(None)
-        images, labels = found
+        images = read_item(batch, self.images)
+        labels = None if self.labels is None else read_item(batch, self.labels)
         if isinstance(batch, Tensor):  # its rows are samples, not images and labels
             images, labels = batch if self.labels is None else None, None
         if not isinstance(images, Tensor) or isinstance(labels, Tensor) != (self.labels is not None):
@@ -269,56 +263,6 @@ class BatchTransforms(Callback):
         """Go on with the first run's seed."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._seed = checkpoint.get("batch_transforms_seeds", {}).get(self._index, self._seed)
-
-
-def describe(batch: Any) -> str:
-    """The structure of a batch in a line, for an error.
-
-    Args:
-        batch: anything.
-    Returns:
-        Types, keys and shapes.
-    Example:
-        >>> import torch
-        >>> describe({"image": torch.zeros(2, 3), "id": [1, 2]})
-        "{'image': Tensor(2, 3) float32, 'id': [int, int]}"
-    """
-    if isinstance(batch, Tensor):
-        shape = ", ".join(map(str, batch.shape))
-        return f"{type(batch).__name__}({shape}) {str(batch.dtype).removeprefix('torch.')}"
-    if isinstance(batch, Mapping):
-        return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in batch.items()) + "}"
-    if isinstance(batch, (list, tuple)):
-        items = ", ".join(describe(value) for value in batch[:6]) + (", ..." if len(batch) > 6 else "")
-        return f"[{items}]" if isinstance(batch, list) else f"({items})"
-    return type(batch).__name__
-
-
-def _item(batch: Any, where: int | str) -> Any:
-    if isinstance(where, str) and not isinstance(batch, Mapping):
-        return getattr(batch, where)
-    return batch[where]
-
-
-def _write(batch: Any, where: int | str, value: Any) -> Any:
-    """A shallow copy of the batch with one item changed; the same type."""
-    if isinstance(batch, Tensor):
-        return value
-    if isinstance(batch, Mapping):
-        copied = batch.copy() if hasattr(batch, "copy") else dict(batch)
-        copied[where] = value
-        return copied
-    if dataclasses.is_dataclass(batch) and isinstance(where, str):
-        return dataclasses.replace(batch, **{where: value})  # type: ignore[type-var]
-    if hasattr(batch, "_replace"):
-        return batch._replace(**{where if isinstance(where, str) else batch._fields[where]: value})
-    if isinstance(where, str):
-        copied = copy.copy(batch)
-        setattr(copied, where, value)
-        return copied
-    items = list(batch)
-    items[where] = value
-    return items if isinstance(batch, list) else type(batch)(items)
 
 
 def _owner_of_hook(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:

@@ -58,6 +58,14 @@ def test_it_is_torch_ema_and_validation_sees_it():
     assert_same(parameters(module), parameters(oracle.averaged.module))
 
 
+def test_an_update_is_one_foreach_call(monkeypatch):
+    calls, original = [], torch._foreach_lerp_
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args: calls.append(len(args[0])) or original(*args))
+    ema = lt.EMA(decay=0.9)
+    fit([ema], max_epochs=1)
+    assert calls == [10] * 5  # six learned, two frozen parameters and two buffers, at each step but the first
+
+
 def test_training_goes_as_if_nobody_averaged():
     _, module = fit([lt.EMA(decay=0.9)])
     _, plain = fit([])
