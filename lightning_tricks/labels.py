@@ -8,35 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
-from lightning_tricks.functional.checks import message
+from lightning_tricks.dispatch import (
+    MOVES,
+    VIEWS,
+    casts_to_float,
+    changes_in_place,
+    is_floating,
+    keeps,
+    name_of,
+    replaced,
+    requires_grad,
+)
+from lightning_tricks.functional.checks import check_number, message
 from lightning_tricks.functional.cross_entropy import Component, check_smoothing, mixed_nll
 from lightning_tricks.functional.mixing import mixup
+from lightning_tricks.one_hot import MixedOneHot
 
-
-def _functions(names: str) -> frozenset[Any]:
-    """These functions of torch, as functions and as methods."""
-    found = (getattr(owner, name, None) for owner in (torch.Tensor, torch) for name in names.split())
-    return frozenset(function for function in found if function is not None)
-
-
-# What rearranges, copies, moves or casts labels to another integer type: the result is mixed labels still.
-_KEEP = _functions(
-    "__getitem__ broadcast_to chunk clone contiguous detach diagonal expand expand_as flatten flip gather index_select "
-    "masked_select moveaxis movedim narrow permute pin_memory ravel repeat repeat_interleave reshape reshape_as roll "
-    "select split squeeze swapaxes swapdims t take tensor_split tile transpose unbind unflatten unsqueeze"
-) | {torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
-# Of the shares a view may not exist where one of the labels does.
-_VIEWS: dict[Any, Callable[..., Any]] = {
-    torch.Tensor.view: torch.Tensor.reshape,
-    torch.Tensor.view_as: torch.Tensor.reshape_as,
-}
-_MOVES = _functions("byte char cpu cuda int long short to type type_as")
-_FLOAT_CASTS = _functions("float double half bfloat16 cfloat cdouble chalf")
-_IN_PLACE = _functions(
-    " ".join(name for name in dir(torch.Tensor) if name.endswith("_") and not name.endswith("__"))
-    + " __setitem__ __iadd__ __isub__ __imul__ __itruediv__ __ifloordiv__ __imod__ __ipow__ __iand__ __ior__ __ixor__"
-    + " __ilshift__ __irshift__"
-) | {torch.Tensor.data.__set__}  # type: ignore[attr-defined]
 WAYS_OUT = (
     "Use F.cross_entropy, F.nll_loss or a loss of lightning_tricks; or take dense (N, K) probabilities, from "
     "soft_targets(labels, num_classes) or BatchTransforms(targets='soft', num_classes=K); or give floating labels in "
@@ -56,7 +43,8 @@ class MixedLabels(Tensor):
     target, with their own `weight`, `ignore_index`, `label_smoothing` and `reduction`. With class weights w, "mean"
     divides by the sum over samples of `weight * w[labels] + (1 - weight) * w[partner]`; a component whose label is
     `ignore_index` counts neither there nor in the loss. Operations on shape, index and device, casts to integers,
-    `clone`, `detach` and `contiguous` keep the mix; every other operation, and every one under `torch.no_grad()` (as
+    `clone`, `detach` and `contiguous` keep the mix; `F.one_hot` codes become its probabilities where floating numbers
+    are made of them; every other operation, and every one under `torch.no_grad()` (as
     in a metric's `update`), sees and returns plain tensors.
 
     Args:
@@ -88,10 +76,13 @@ class MixedLabels(Tensor):
     ) -> "MixedLabels":
         check_smoothing("MixedLabels", smoothing)
         for name, value in (("labels", labels), ("partner", labels if partner is None else partner)):
-            if not isinstance(value, Tensor) or isinstance(value, MixedLabels) or _is_floating(value):
+            if not isinstance(value, Tensor) or isinstance(value, MixedLabels) or is_floating(value):
                 got: Any = value.dtype if type(value) is Tensor else type(value)
                 fix = "Floating targets are mixed as numbers; labels that are mixed already are by mix_labels"
                 raise TypeError(message("MixedLabels", name, "a tensor of integers", got, fix))
+        if not isinstance(weight, Tensor):
+            fix = "It is the share of the original sample"
+            check_number("MixedLabels", "weight", weight, "in [0, 1]", fix, lambda value: 0 <= value <= 1)
         share = torch.as_tensor(weight, dtype=torch.float32, device=labels.device)
         try:
             share = share.expand(labels.shape).contiguous()
@@ -152,22 +143,25 @@ class MixedLabels(Tensor):
         if func is F.nll_loss and isinstance(_target(args, kwargs), MixedLabels):
             return _nll_loss(*args, **kwargs)
         first = args[0] if args else None
-        if isinstance(kwargs.get("out"), MixedLabels) or (func in _IN_PLACE and isinstance(first, MixedLabels)):
+        if isinstance(kwargs.get("out"), MixedLabels) or (isinstance(first, MixedLabels) and changes_in_place(func)):
             fix = "Change them in the data set, before they are mixed, or leave label mixing out"
-            raise ValueError(message("MixedLabels", "labels", "left unchanged once they are mixed", _name(func), fix))
-        result = func(*_plain(args), **_plain(kwargs))
+            got = name_of(func)
+            raise ValueError(message("MixedLabels", "labels", "left unchanged once they are mixed", got, fix))
+        result = func(*replaced(args, MixedLabels, "_plain"), **replaced(kwargs, MixedLabels, "_plain"))
         # Metrics are updated without gradients; what they see and keep is plain.
         if isinstance(first, MixedLabels) and torch.is_grad_enabled():
-            if func in _FLOAT_CASTS or (func in _MOVES and _is_floating(result)):
+            if name_of(func) == "one_hot":
+                return MixedOneHot(result, _dense(first, result.shape[-1]), first._used)
+            if casts_to_float(func, result):
                 condition = "integers: a cast to floating point loses the mix"
-                raise ValueError(message("MixedLabels", "labels", condition, _name(func), WAYS_OUT))
-            if func in _KEEP or func in _VIEWS or func in _MOVES:
+                raise ValueError(message("MixedLabels", "labels", condition, name_of(func), WAYS_OUT))
+            if keeps(func) or name_of(func) in MOVES:
                 return _rearranged(first, func, args[1:], kwargs, result)
-        if _requires_grad(result):
+        if requires_grad(result):
             condition = (
                 "used by a loss that knows mixed labels; here a gradient would come from the dominant labels alone"
             )
-            raise ValueError(message("MixedLabels", "labels", condition, _name(func), WAYS_OUT))
+            raise ValueError(message("MixedLabels", "labels", condition, name_of(func), WAYS_OUT))
         return result
 
 
@@ -192,45 +186,20 @@ def _target(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[1] if len(args) > 1 else kwargs.get("target")
 
 
-def _name(func: Any) -> str:
-    name = getattr(func, "__name__", str(func))
-    return f"{func.__self__.__name__} {name}" if name in ("__get__", "__set__") else name
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, MixedLabels):
-        return value._plain
-    if isinstance(value, (tuple, list)):
-        items = [_plain(item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
-
-
-def _requires_grad(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    return isinstance(value, (tuple, list)) and any(_requires_grad(item) for item in value)
-
-
 def _rearranged(
     mixed: MixedLabels, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
 ) -> Any:
     """What a function that keeps the mix makes of mixed labels; `result` is what it made of the dominant ones."""
     several = isinstance(result, (tuple, list))
     plains = list(result) if several else [result]
-    if not all(isinstance(plain, Tensor) for plain in plains) or any(_is_floating(plain) for plain in plains):
+    if not all(isinstance(plain, Tensor) for plain in plains) or any(is_floating(plain) for plain in plains):
         return result  # the name of a type, or bits read as numbers
-    args, kwargs = _plain(args), _plain(kwargs)
-    apply: Callable[..., Any] = _VIEWS.get(func, func)
+    args, kwargs = replaced(args, MixedLabels, "_plain"), replaced(kwargs, MixedLabels, "_plain")
+    name = name_of(func)
+    apply = VIEWS.get(name, func)
 
     def rearrange(part: Tensor, is_share: bool) -> list[Tensor]:
-        if is_share and func in _MOVES:
+        if is_share and name in MOVES:
             return [part.to(plains[0].device)]  # a cast to integers is not for shares
         new = apply(part, *args, **kwargs)
         return list(new) if several else [new]
@@ -378,6 +347,12 @@ def soft_targets(labels: Tensor, num_classes: int) -> Tensor:
         return labels
     mixed = labels if isinstance(labels, MixedLabels) else MixedLabels(labels)
     mixed._used[0] = True
+    targets = _dense(mixed, num_classes)
+    return targets.movedim(-1, 1) if mixed.dim() > 0 else targets
+
+
+def _dense(mixed: MixedLabels, num_classes: int) -> Tensor:
+    """The probabilities of the classes, in the last dimension."""
     targets = torch.zeros((*mixed.shape, num_classes), device=mixed.device)
     for own, share in mixed._components:
         if own.numel() and not (int(own.min()) >= 0 and int(own.max()) < num_classes):
@@ -385,5 +360,4 @@ def soft_targets(labels: Tensor, num_classes: int) -> Tensor:
             fix = "Leave out the samples to be ignored, or give the right number of classes"
             raise ValueError(message("soft_targets", "labels", f"in [0, {num_classes - 1}]", got, fix))
         targets.scatter_add_(-1, own.long().unsqueeze(-1), share.unsqueeze(-1))
-    targets = (1 - mixed.smoothing) * targets + mixed.smoothing / num_classes
-    return targets.movedim(-1, 1) if mixed.dim() > 0 else targets
+    return (1 - mixed.smoothing) * targets + mixed.smoothing / num_classes

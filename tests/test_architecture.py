@@ -10,10 +10,12 @@ import pytest
 import lightning_tricks as lt
 
 ROOT = Path(lt.__file__).parent
-LAYERS = {"functional", "labels", "losses", "transforms", "loggers", "callbacks", "__init__"}
+LAYERS = {"functional", "dispatch", "one_hot", "labels", "losses", "transforms", "loggers", "callbacks", "__init__"}
 MAY_IMPORT = {
     "functional": {"functional"},
-    "labels": {"functional"},
+    "dispatch": set(),
+    "one_hot": {"dispatch"},
+    "labels": {"functional", "dispatch", "one_hot"},
     "losses": {"functional", "labels"},
     "transforms": {"functional", "labels"},
     "loggers": set(),
@@ -22,6 +24,8 @@ MAY_IMPORT = {
 }
 OUTSIDE = {
     "functional": {"torch"},
+    "dispatch": {"torch"},
+    "one_hot": {"torch"},
     "labels": {"torch"},
     "losses": {"torch"},
     "transforms": {"torch"},

@@ -731,11 +731,45 @@ def test_soft_targets_of_no_labels_are_empty():
     assert soft_targets(torch.zeros(0, dtype=torch.int64), K).shape == (0, K)
 
 
-def test_one_hot_codes_are_those_of_the_dominant_labels_and_are_no_use():
-    """Metrics make them too; a loss made of them is refused at the step's end."""
+@every_shape
+def test_a_loss_made_of_one_hot_codes_is_that_of_the_dense_mix(shape):
+    targets = soft_targets(mixed(shape, 0.1), K)
+    log_p = F.log_softmax(logits_for(mixed(shape)), 1).movedim(1, -1)
+    for encode in (
+        lambda y: F.one_hot(y, K),
+        lambda y: F.one_hot(y, K).float(),
+        lambda y: F.one_hot(y, num_classes=K).to(torch.float64),
+        lambda y: F.one_hot(y.long(), K).type_as(log_p),
+        lambda y: F.one_hot(y.flatten().squeeze(), K).view(*y.shape, K),
+        lambda y: F.one_hot(y, K) * 1.0,
+    ):
+        labels = mixed(shape, 0.1)
+        assert_close(-(encode(labels) * log_p).sum(), dense_loss(log_p.movedim(-1, 1), targets))
+        assert labels.used
+
+
+def test_one_hot_codes_without_a_gradient_are_those_of_the_dominant_labels():
     labels = mixed(smoothing=0.1)
-    assert torch.equal(F.one_hot(labels, K), F.one_hot(torch.tensor(labels.tolist()), K))
+    plain = F.one_hot(torch.tensor(labels.tolist()), K)
+    assert torch.equal(F.one_hot(labels, K).long(), plain)
+    assert torch.equal(F.one_hot(labels, K).sum(0), plain.sum(0))
+    with torch.no_grad():
+        assert torch.equal(F.one_hot(labels, K).float(), plain.float())
     assert not labels.used
+
+
+def test_one_hot_codes_are_pickled_as_plain_ones():
+    codes = F.one_hot(mixed(), K)
+    again = pickle.loads(pickle.dumps(codes))
+    assert type(again) is torch.Tensor
+    assert again.tolist() == codes.tolist()
+    assert repr(codes) == f"MixedOneHot({codes.tolist()})"
+
+
+@pytest.mark.parametrize("weight", [1.5, -0.1, float("nan")])
+def test_a_weight_must_be_a_share(weight):
+    with pytest.raises(ValueError, match=re.escape("MixedLabels: weight must be in [0, 1], got")):
+        MixedLabels(integers(), integers(seed=1), weight)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, True, None], ids=repr)
@@ -975,7 +1009,7 @@ def test_a_compiled_training_step_is_the_same():
     torch._dynamo.reset()
     labels = mixed((4, 3))
     logits = logits_for(labels)
-    compiled = torch.compile(step, backend="aot_eager")
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     for actual, expected in zip(compiled(logits, labels), step(logits, labels), strict=True):
         assert_close(actual, expected, tolerance=1e-12)
 

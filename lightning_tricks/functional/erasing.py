@@ -55,7 +55,7 @@ def cutout(images: Tensor, centers: Tensor, size: int, fill: float = 0.0, inplac
     Returns:
         (N, C, H, W); a new tensor unless `inplace`.
     Raises:
-        ValueError: images of another number of dimensions.
+        ValueError: images of another number of dimensions, or a fraction for images of integers.
     References:
         DeVries and Taylor, "Improved Regularization of Convolutional Neural Networks with Cutout", 2017,
         arXiv:1708.04552, section 3.1.
@@ -67,6 +67,9 @@ def cutout(images: Tensor, centers: Tensor, size: int, fill: float = 0.0, inplac
                   [1., 1., 1.]]]])
     """
     check_images("cutout", images)
+    if not (images.is_floating_point() or float(fill).is_integer()):
+        fix = "Images of integers take an integer"
+        raise ValueError(message("cutout", "fill", f"a value of {images.dtype}", fill, fix))
     first = centers.to(images.device) - size // 2
     inside = []
     for axis, length in enumerate(images.shape[-2:]):

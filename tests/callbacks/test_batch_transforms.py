@@ -446,6 +446,19 @@ def test_labels_that_no_known_loss_used_are_refused_at_the_steps_end(loss):
         fit([tricks()], Loss(loss))
 
 
+def test_loss_made_of_one_hot_codes_beside_cross_entropy_sees_the_mix():
+    def dice(logits, targets):
+        probabilities = logits.softmax(1)
+        return 1 - 2 * (probabilities * targets).sum() / (probabilities + targets).sum()
+
+    module = Loss(lambda x, y: F.cross_entropy(x, y) + dice(x, F.one_hot(y, 3).float()))
+    dense = Loss(lambda x, y: F.cross_entropy(x, y) + dice(x, y))
+    fit([tricks()], module)
+    fit([tricks(targets="soft", num_classes=3)], dense)
+    for one, other in zip(module.parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
 def test_known_loss_that_is_only_logged_does_not_pass_for_the_loss():
     def loss(logits, labels):
         with torch.no_grad():

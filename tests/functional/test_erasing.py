@@ -113,3 +113,9 @@ def test_without_a_generator_centers_come_from_torchs_global_one():
     first = sample_centers(9, 2, 8, 8)
     torch.manual_seed(3)
     assert torch.equal(first, sample_centers(9, 2, 8, 8))
+
+
+def test_a_fraction_does_not_fill_images_of_integers():
+    images = torch.zeros(1, 1, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"cutout: fill must be a value of torch\.uint8, got 0\.5"):
+        cutout(images, torch.zeros(1, 1, 2, dtype=torch.int64), 2, fill=0.5)
