@@ -63,6 +63,32 @@ class Net(L.LightningModule):
         return torch.optim.SGD(parameters, lr=self.lr, momentum=0.9, weight_decay=1e-3)
 
 
+class ByHand(Net):
+    """The same classifier, to be optimized by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class TwoOptimizers(ByHand):
+    """Two optimizers by hand; the second steps every other batch."""
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:  # type: ignore[override]
+        return torch.optim.SGD(self.head.parameters(), lr=0.1), torch.optim.Adam(self.body.parameters(), lr=0.01)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        images, labels = batch
+        self.seen.append(images.detach().clone())
+        first, second = self.optimizers()
+        first.zero_grad()
+        second.zero_grad()
+        self.manual_backward(F.cross_entropy(self(images), labels))
+        first.step()
+        if batch_idx % 2:
+            second.step()
+
+
 def data(count: int = 24, seed: int = 0) -> TensorDataset:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(CLASSES, (count,), generator=generator)

@@ -15,6 +15,7 @@ from kit import (
     MemoryLogger,
     Net,
     ResumableLoader,
+    TwoOptimizers,
     assert_same,
     every_epoch,
     fit,
@@ -112,6 +113,19 @@ def test_run_resumed_in_the_middle_of_an_epoch_is_the_run_that_was_not_stopped(n
     assert_same(state_of(resumed), state_of(trainer))
     assert_same(module_rest.seen, module.seen[8:])
     assert_same(rest.rows, [row for row in whole.rows if row[0] >= 8])
+
+
+@every_callback
+def test_two_optimizers_by_hand_resume_too(name, tmp_path):
+    trainer, module = fit([*CALLBACKS[name](), every_epoch(tmp_path)], TwoOptimizers(), max_epochs=4)
+    resumed, module_rest = fit(
+        [*CALLBACKS[name](), every_epoch(tmp_path / "rest")],
+        TwoOptimizers(),
+        max_epochs=4,
+        ckpt_path=tmp_path / "epoch=1.ckpt",
+    )
+    assert_same(state_of(resumed), state_of(trainer))
+    assert_same(module_rest.seen, module.seen[12:])
 
 
 def every_steps(steps, folder):

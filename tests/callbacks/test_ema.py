@@ -5,7 +5,18 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from kit import Net, ResumableLoader, assert_same, every_epoch, fit, loader, make_trainer, plugin_that_skips, snapshot
+from kit import (
+    Net,
+    ResumableLoader,
+    TwoOptimizers,
+    assert_same,
+    every_epoch,
+    fit,
+    loader,
+    make_trainer,
+    plugin_that_skips,
+    snapshot,
+)
 from lightning.pytorch.callbacks import (
     Callback,
     EMAWeightAveraging,
@@ -494,23 +505,9 @@ def test_several_validations_an_epoch():
 
 
 def test_gan_like_module_counts_each_optimizers_steps():
-    class Two(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.head.parameters(), lr=0.1), torch.optim.SGD(self.body.parameters(), lr=0.1)
-
-        def training_step(self, batch, batch_idx):
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-                optimizer.step()
-
     ema = lt.EMA(decay=0.9)
-    fit([ema], Two(), max_epochs=1)
-    assert ema.updates == 12
+    fit([ema], TwoOptimizers(), max_epochs=1)
+    assert ema.updates == 6 + 3  # the second one steps every other batch
 
 
 def test_compiled_module():

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from kit import MemoryLogger, Net, every_epoch, fit, loader, make_trainer
+from kit import MemoryLogger, Net, TwoOptimizers, every_epoch, fit, loader, make_trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
@@ -41,26 +41,6 @@ class Groups(Net):
     def configure_optimizers(self):
         groups = [{"params": self.head.parameters(), "lr": 0.1}, {"params": self.body.parameters(), "lr": 0.01}]
         return torch.optim.SGD(groups)
-
-
-class TwoOptimizers(Net):
-    """Manual optimization; the second optimizer steps every other batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.head.parameters(), lr=0.1), torch.optim.Adam(self.body.parameters(), lr=0.01)
-
-    def training_step(self, batch, batch_idx):
-        first, second = self.optimizers()
-        first.zero_grad()
-        second.zero_grad()
-        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
-        first.step()
-        if batch_idx % 2:
-            second.step()
 
 
 def factors(schedule, steps):

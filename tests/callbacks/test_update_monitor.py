@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kit import MemoryLogger, Net, fit, loader, plugin_that_skips
+from kit import ByHand, MemoryLogger, Net, TwoOptimizers, fit, loader, plugin_that_skips
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
@@ -114,25 +114,8 @@ def test_fused_optimizer_under_a_scaler():
 
 
 def test_manual_optimization_with_two_optimizers_of_different_rhythm():
-    class Two(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.head.parameters(), lr=0.1), torch.optim.Adam(self.body.parameters(), lr=0.01)
-
-        def training_step(self, batch, batch_idx):
-            first, second = self.optimizers()
-            first.zero_grad()
-            second.zero_grad()
-            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-            first.step()
-            if batch_idx % 2:
-                second.step()
-
     logger, oracle = MemoryLogger(), Oracle()
-    fit([oracle, lt.UpdateMonitor(1)], Two(), logger=logger, max_epochs=1)
+    fit([oracle, lt.UpdateMonitor(1)], TwoOptimizers(), logger=logger, max_epochs=1)
     rows = ours(logger)
     assert len(rows) == 6
     for step, row in rows.items():
@@ -144,11 +127,7 @@ def test_manual_optimization_with_two_optimizers_of_different_rhythm():
 
 
 def test_optimizer_past_lightnings_hook():
-    class Raw(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
+    class Raw(ByHand):
         def training_step(self, batch, batch_idx):
             optimizer = self.optimizers(use_pl_optimizer=False)
             optimizer.zero_grad()
@@ -162,11 +141,7 @@ def test_optimizer_past_lightnings_hook():
 
 
 def test_of_several_steps_in_a_batch_the_first_is_measured():
-    class Many(Net):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
+    class Many(ByHand):
         def training_step(self, batch, batch_idx):
             for _ in range(3):
                 self.optimizers().zero_grad()
@@ -197,12 +172,6 @@ def test_parameter_at_the_root_tied_unused_and_zero_ones():
     assert row["update_ratio/scale"] == math.inf
     assert (row["grad_norm/unused"], row["update_ratio/unused"]) == (0.0, 0.0)
     assert "update_ratio/twin" not in row  # its weight is the head's
-
-
-class ByHand(Net):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
 
 
 def test_step_by_hand_that_comes_later_is_measured_then():
