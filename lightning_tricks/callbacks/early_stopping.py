@@ -238,7 +238,8 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
             if self.restore_best:
                 # A score of training was made by the raw weights.
                 self.best_weights = weights or self._weights(trainer, pl_module, evaluated=False)
-            self._say(trainer, f"{self.monitor} improved from {float(previous):g} to {float(self.best_score):g}")
+            before = f"improved from {float(previous):g} to" if torch.isfinite(previous) else "begins at"
+            self._say(trainer, f"{self.monitor} {before} {float(self.best_score):g}")
         # While min_epochs or min_steps hold training up, later checks decide anew.
         if stop is not None and trainer.fit_loop._can_stop_early:
             trainer.should_stop = True

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 import torch
 from kit import Net, assert_same, every_epoch, fit, loader, make_trainer, snapshot
@@ -60,6 +62,18 @@ def test_message_says_which_way_a_threshold_was_passed():
     callback = stop(divergence_threshold=0.95)
     train([callback], [0.5, 0.96, 0.1])
     assert callback.stopping_reason_message == "score: the score 0.96 is worse than divergence_threshold=0.95"
+
+
+def test_verbose_says_what_happens(caplog):
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    with caplog.at_level(logging.INFO):
+        train([stop(patience=1, verbose=True)], [0.5, 0.25, 0.75])
+    said = [record.getMessage() for record in caplog.records if "EarlyStopping:" in record.getMessage()]
+    assert said == [
+        "EarlyStopping: score begins at 0.5.",
+        "EarlyStopping: score improved from 0.5 to 0.25.",
+        "EarlyStopping: score: no improvement in the last 1 checks; the best score was 0.25.",
+    ]
 
 
 def test_ignored_checks_neither_count_nor_can_be_the_best():
