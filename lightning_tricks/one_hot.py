@@ -3,25 +3,35 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lightning_tricks.dispatch import is_floating, keeps, replaced, requires_grad
+from lightning_tricks.dispatch import MOVES, changes_in_place, is_floating, keeps, name_of, replaced, requires_grad
+
+_AFFINE = frozenset(
+    (
+        "add sub rsub mul neg sum cat concat concatenate stack "
+        "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __neg__"
+    ).split()
+)
 
 
 class MixedOneHot(Tensor):
     """Integer codes of the dominant labels that are the dense mix wherever floating numbers are made of them.
 
     A metric that compares, counts or indexes with the codes sees plain integers; a loss that casts them to floating
-    point, or multiplies them with log-probabilities, gets the probabilities of the mix.
+    point, or multiplies them with log-probabilities, gets the probabilities of the mix. What is added, subtracted,
+    multiplied, rearranged or moved stays both; floating numbers made of them note when a gradient meets them. Codes
+    that are changed in place are plain from then on.
 
     Args:
-        plain: (..., K) integers, the codes of the dominant labels.
+        plain: (..., K) integers, the codes of the dominant labels; or floats, which are `dense`.
         dense: (..., K) floats, the probabilities of the mix.
         used: the list in which the labels note that a loss used them.
     """
 
     _plain: Tensor
-    _dense: Tensor
+    _dense: Tensor | None
     _used: list[bool]
 
     def __new__(cls, plain: Tensor, dense: Tensor, used: list[bool]) -> "MixedOneHot":
@@ -40,13 +50,34 @@ class MixedOneHot(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        found = _all((*args, *kwargs.values()))
         plain = func(*replaced(args, MixedOneHot, "_plain"), **replaced(kwargs, MixedOneHot, "_plain"))
-        own = next((value for value in (*args, *kwargs.values()) if isinstance(value, MixedOneHot)), None)
-        if own is None:
+        if not found:
             return plain
-        if is_floating(plain) or requires_grad(plain):
+        own = found[0]
+        if changes_in_place(func) and args and args[0] is own and not is_floating(own._plain):
+            own._dense = None
+        if any(codes._dense is None for codes in found) or not torch.is_grad_enabled():
+            return plain
+        if not isinstance(plain, Tensor) or plain.dtype == torch.bool:
+            return plain
+        if name_of(func) in MOVES and not is_floating(plain) and own._dense is not None:
+            return MixedOneHot(plain, own._dense.to(plain.device), own._used)
+        if not (is_floating(plain) or keeps(func) or name_of(func) in _AFFINE):
+            return plain
+        dense = func(*replaced(args, MixedOneHot, "_dense"), **replaced(kwargs, MixedOneHot, "_dense"))
+        if requires_grad(dense):
             own._used[0] = True
-            return func(*replaced(args, MixedOneHot, "_dense"), **replaced(kwargs, MixedOneHot, "_dense"))
-        if keeps(func) and args and args[0] is own and isinstance(plain, Tensor):
-            return MixedOneHot(plain, func(own._dense, *args[1:], **kwargs), own._used)
-        return plain
+            return dense
+        return MixedOneHot(dense if is_floating(plain) else plain, dense, own._used)
+
+
+def _all(values: Any) -> list[MixedOneHot]:
+    """Every tensor of codes in the arguments of a function."""
+    found: list[MixedOneHot] = []
+    for value in values:
+        if isinstance(value, MixedOneHot):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += _all(value)
+    return found

@@ -742,6 +742,11 @@ def test_a_loss_made_of_one_hot_codes_is_that_of_the_dense_mix(shape):
         lambda y: F.one_hot(y.long(), K).type_as(log_p),
         lambda y: F.one_hot(y.flatten().squeeze(), K).view(*y.shape, K),
         lambda y: F.one_hot(y, K) * 1.0,
+        lambda y: 1 - (1 - F.one_hot(y, K)),
+        lambda y: (2 * F.one_hot(y, K) - 1 + 1) / 2,
+        lambda y: F.one_hot(y, K).to("cpu").long().float(),
+        lambda y: torch.stack([F.one_hot(y, K), F.one_hot(y, K)]).float()[0],
+        lambda y: torch.cat([F.one_hot(y, K)]).to(log_p.dtype),
     ):
         labels = mixed(shape, 0.1)
         assert_close(-(encode(labels) * log_p).sum(), dense_loss(log_p.movedim(-1, 1), targets))
@@ -752,10 +757,38 @@ def test_one_hot_codes_without_a_gradient_are_those_of_the_dominant_labels():
     labels = mixed(smoothing=0.1)
     plain = F.one_hot(torch.tensor(labels.tolist()), K)
     assert torch.equal(F.one_hot(labels, K).long(), plain)
-    assert torch.equal(F.one_hot(labels, K).sum(0), plain.sum(0))
+    assert F.one_hot(labels, K).sum(0).tolist() == plain.sum(0).tolist()
+    assert torch.equal(F.one_hot(labels, K) == plain, torch.ones_like(plain, dtype=torch.bool))
     with torch.no_grad():
         assert torch.equal(F.one_hot(labels, K).float(), plain.float())
     assert not labels.used
+
+
+def test_a_binary_loss_made_of_one_hot_codes_by_hand_is_that_of_the_dense_mix():
+    labels, p = mixed(smoothing=0.1), logits_for(mixed()).sigmoid()
+    codes, dense = F.one_hot(labels, K), soft_targets(mixed(smoothing=0.1), K)
+    loss = -(codes * p.log() + (1 - codes) * (1 - p).log()).mean()
+    assert_close(loss, -(dense * p.log() + (1 - dense) * (1 - p).log()).mean())
+    assert labels.used
+
+
+def test_one_hot_codes_that_are_only_logged_are_no_use():
+    labels = mixed()
+    frequency = F.one_hot(labels, K).float().mean(0)
+    assert_close(frequency.sum(), torch.tensor(1.0))
+    assert not labels.used
+
+
+def test_one_hot_codes_that_are_changed_in_place_are_plain_from_then_on():
+    labels = mixed()
+    codes = F.one_hot(labels, K)
+    codes[0] = 0
+    assert codes.float().sum().item() == len(labels) - 1
+    (codes * logits_for(labels)).sum()
+    assert not labels.used
+    floats = F.one_hot(labels, K).float()
+    floats[0] = 0
+    assert_close(floats.sum(1), (torch.arange(len(labels)) > 0).float())
 
 
 def test_one_hot_codes_are_pickled_as_plain_ones():

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.nn import Parameter
 
 from lightning_tricks.callbacks.ema import EMA
 from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES
@@ -109,6 +110,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         self._before: Tensor | None = None  # the score there was before the validation
         self._checked: Tensor | None = None  # the score there was at the last check
         self._has_news = False
+        self._resumed = False
         self._fitting = False
 
     @property
@@ -166,7 +168,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         """Take the new score, with the weights that produced it; check it now if this is when to."""
         if self._should_skip_check(trainer) or trainer.fast_dev_run:
             return
-        self._has_news = True
+        self._has_news, self._resumed = True, False
         score = trainer.callback_metrics.get(self.monitor)
         if score is not None and score is not self._before:
             value, weights = self._agreed(trainer, score), None
@@ -212,6 +214,8 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
                 continue
             if tensor.shape == best.shape:
                 tensor.detach().copy_(best)
+            elif isinstance(tensor, Parameter):
+                tensor.data = best.to(tensor.device)
             else:  # a buffer that has grown since
                 holder[key] = best.to(tensor.device)
 
@@ -222,6 +226,10 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         metrics = trainer.callback_metrics
         score = metrics.get(self.monitor)
         if self._pending is None:
+            if (
+                score is None and self._resumed
+            ):  # Lightning restores no metrics: there is none before the next validation
+                return
             if not self._validate_condition_metric(metrics) or score is None:
                 return
             if score is self._checked:  # no new one since
@@ -285,3 +293,4 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         self.checks = state_dict.get("checks", self.ignore_first)
         self.best_weights = state_dict.get("best_weights")
         self._pending = state_dict.get("pending")
+        self._resumed = True

@@ -108,6 +108,11 @@ class EMA(Callback):
                 fix = f"{name} would stand still; train with precision='bf16-mixed' or '16-mixed' instead"
                 raise ValueError(message("EMA", "precision", "one with float32 weights", parameter.dtype, fix))
         self._find_tensors(pl_module)
+        for norm in self._spectral:
+            if norm.weight not in self._slots:
+                fix = "Put spectral norm first, or leave the other parametrization out"
+                got = f"{norm.left} behind one of several tensors"
+                raise ValueError(message("EMA", "parametrizations", "of one tensor before spectral norm", got, fix))
         if self._changed():
             rank_zero_info("EMA: the module's weights are not those of the last fit; a new average starts.")
             self._average, self._raw, self._updates = None, None, 0
@@ -222,8 +227,11 @@ class EMA(Callback):
         for norm in self._spectral:
             if norm.weight in average:
                 start = self._tensors([norm.left])[norm.left] if self._raw is None else self._raw[norm.left]
-                vectors = leading_singular_vectors(average[norm.weight], start, norm.dim)
-                average[norm.left], average[norm.right] = vectors
+                with torch.no_grad():
+                    weight = average[norm.weight]
+                    for part in norm.before:
+                        weight = part(weight)
+                average[norm.left], average[norm.right] = leading_singular_vectors(weight, start, norm.dim)
         return average
 
     def _assign(self, values: dict[str, Tensor]) -> None:

@@ -25,6 +25,8 @@ from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.functional.schedules import Schedule, resolve_epochs
 from lightning_tricks.loggers import log_settings
 
+STATE = ("last_epoch", "total_steps", "steps_per_epoch", "extra_steps")
+
 
 class ScheduledLR(LRScheduler):
     """The torch scheduler that Lightning saves, restores and monitors; `begin` tells it the length of the run.
@@ -39,6 +41,7 @@ class ScheduledLR(LRScheduler):
         self.schedule: Schedule | None = None
         self.total_steps: int | None = None
         self.steps_per_epoch: int | None = None
+        self.extra_steps = 0  # what earlier epochs had more than epochs of this length
         self.restored = False
         super().__init__(optimizer)
 
@@ -72,14 +75,14 @@ class ScheduledLR(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and the length of the run and of the epochs it belongs to."""
-        return {name: getattr(self, name) for name in ("last_epoch", "total_steps", "steps_per_epoch")}
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the count of another run; the rates follow in `begin`."""
-        if not {"total_steps", "steps_per_epoch"} <= state_dict.keys():
+        if not set(STATE) <= state_dict.keys():
             fix = "The checkpoint was trained with another scheduler: resume with that one, or load the weights alone"
             raise ValueError(message("LRSchedule", "checkpoint", "one of LRSchedule", sorted(state_dict), fix))
-        for name in ("last_epoch", "total_steps", "steps_per_epoch"):
+        for name in STATE:
             setattr(self, name, state_dict[name])
         self.restored = True
 
@@ -181,9 +184,13 @@ class LRSchedule(Callback):
             total_steps = self.total_steps
             if total_steps is None:
                 total_steps = 1 if schedule is None else run_length(trainer, len(self._schedulers))
-                # The epochs that were done may have had other lengths: what counts is what is left.
-                if scheduler.restored and scheduler.steps_per_epoch != steps_per_epoch and steps_per_epoch is not None:
-                    total_steps = remaining_length(trainer, scheduler.last_epoch, steps_per_epoch, total_steps)
+                if scheduler.restored and schedule is not None and steps_per_epoch is not None:
+                    # The epochs that were done may have had other lengths: what counts is what is left.
+                    if scheduler.steps_per_epoch != steps_per_epoch:
+                        scheduler.extra_steps = extra_steps(trainer, scheduler.last_epoch, steps_per_epoch)
+                    if scheduler.extra_steps:
+                        total_steps = (trainer.max_epochs or 0) * steps_per_epoch + scheduler.extra_steps
+                        total_steps = total_steps if trainer.max_steps == -1 else min(total_steps, trainer.max_steps)
             if schedule is not None and scheduler.restored and scheduler.total_steps != total_steps:
                 rank_zero_info(
                     f"LRSchedule: the run had {scheduler.total_steps} optimizer steps, now it has {total_steps}; the"
@@ -245,18 +252,21 @@ def run_length(trainer: pl.Trainer, optimizers: int) -> int:
     return int(steps)
 
 
-def remaining_length(trainer: pl.Trainer, step: int, steps_per_epoch: int, total_steps: int) -> int:
-    """Optimizer steps of a run whose epochs have another length from now on.
+def extra_steps(trainer: pl.Trainer, step: int, steps_per_epoch: int) -> int:
+    """Optimizer steps that a run has more than if all its epochs had the length they have from now on.
 
     Args:
         trainer: the trainer in `on_train_start`.
         step: steps done before.
         steps_per_epoch: length of the epochs that are left.
-        total_steps: what `run_length` says.
     Returns:
-        Steps from the beginning of the run; `total_steps` where `max_steps` alone ends it.
+        Steps, negative where the earlier epochs were shorter; 0 where `max_steps` alone ends the run.
     """
     if trainer.max_epochs in (None, -1):
-        return total_steps
-    length = step + (trainer.max_epochs - trainer.current_epoch) * steps_per_epoch
-    return length if trainer.max_steps == -1 else min(length, trainer.max_steps)
+        return 0
+    extra = step - trainer.current_epoch * steps_per_epoch
+    epochs = trainer.fit_loop.epoch_progress.current
+    if epochs.started > epochs.processed:  # in the middle of an epoch: of its steps some are done
+        batches = trainer.num_training_batches - trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        extra -= steps_per_epoch - math.ceil(max(batches, 0) / trainer.accumulate_grad_batches)
+    return extra

@@ -50,12 +50,14 @@ class SpectralNormOf(NamedTuple):
         weight: the weight before it is normalised.
         left, right: the buffers with its leading singular vectors.
         dim: the dimension of the weight that is a matrix's rows.
+        before: what the weight goes through first.
     """
 
     weight: str
     left: str
     right: str
     dim: int
+    before: tuple[nn.Module, ...] = ()
 
 
 def spectral_norms(module: nn.Module) -> list[SpectralNormOf]:
@@ -73,7 +75,9 @@ def spectral_norms(module: nn.Module) -> list[SpectralNormOf]:
             for index, part in enumerate(child):
                 if type(part).__name__ == "_SpectralNorm" and hasattr(part, "_u"):
                     left, right = f"{prefix}{index}._u", f"{prefix}{index}._v"
-                    found.append(SpectralNormOf(f"{prefix}original", left, right, cast(int, part.dim)))
+                    found.append(
+                        SpectralNormOf(f"{prefix}original", left, right, cast(int, part.dim), tuple(child)[:index])
+                    )
         for hook in child._forward_pre_hooks.values():
             if isinstance(hook, SpectralNorm):
                 name = prefix + hook.name
@@ -96,7 +100,7 @@ def leading_singular_vectors(weight: Tensor, start: Tensor, dim: int, iterations
     matrix = weight.movedim(dim, 0).flatten(1)
     left = start
     for _ in range(iterations):
-        right = F.normalize(matrix.T @ left, dim=0, eps=1e-12)
+        right = F.normalize(matrix.mH @ left, dim=0, eps=1e-12)
         left = F.normalize(matrix @ right, dim=0, eps=1e-12)
     return left, right
 

@@ -214,8 +214,25 @@ def parametrized(layer):
     return nn.utils.parametrizations.spectral_norm(layer)
 
 
+class Scaled(nn.Module):
+    def forward(self, weight):
+        return 3 * weight.flip(0)
+
+
+def scaled_first(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", Scaled())
+    return parametrized(layer)
+
+
+def test_spectral_norm_behind_a_weight_of_two_tensors_is_refused():
+    module = Net()
+    parametrized(nn.utils.parametrizations.weight_norm(module.head))
+    with pytest.raises(ValueError, match="EMA: parametrizations must be of one tensor before spectral norm"):
+        fit([lt.EMA()], module)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated")
-@pytest.mark.parametrize("norm", [parametrized, nn.utils.spectral_norm])
+@pytest.mark.parametrize("norm", [parametrized, nn.utils.spectral_norm, scaled_first])
 def test_spectral_norm_normalises_the_average(norm):
     class Spectral(Net):
         def __init__(self):

@@ -2,12 +2,13 @@ import logging
 
 import pytest
 import torch
-from kit import MemoryLogger, Net, TwoOptimizers, every_epoch, fit, loader, make_trainer
+from kit import MemoryLogger, Net, ResumableLoader, TwoOptimizers, every_epoch, fit, loader, make_trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
     GradientAccumulationScheduler,
     LearningRateMonitor,
+    ModelCheckpoint,
     StochasticWeightAveraging,
 )
 from torch import nn
@@ -205,6 +206,34 @@ def test_resume_with_other_epochs_counts_what_is_left(options, total, tmp_path):
     )
     scheduler = trainer.lr_scheduler_configs[0].scheduler
     assert (scheduler.total_steps, scheduler.last_epoch) == (total, total)
+
+
+def test_resume_of_a_run_whose_epochs_had_changed_already(tmp_path):
+    fit([lt.LRSchedule(lt.Linear()), every_epoch(tmp_path / "1")], max_epochs=4)
+    options = {"max_epochs": 4, "accumulate_grad_batches": 2}
+    rates = Rates()
+    callbacks = [lt.LRSchedule(lt.Linear()), rates, every_epoch(tmp_path / "2")]
+    fit(callbacks, ckpt_path=tmp_path / "1" / "epoch=1.ckpt", **options)
+    rest = Rates()
+    callbacks = [lt.LRSchedule(lt.Linear()), rest, every_epoch(tmp_path / "3")]
+    fit(callbacks, ckpt_path=tmp_path / "2" / "epoch=2.ckpt", **options)
+    assert rest.first == rates.first[-len(rest.first) :]
+    assert rest.first[-1] == pytest.approx(0.05 / 18)
+
+
+def test_resume_in_the_middle_of_an_epoch_that_goes_on_otherwise(tmp_path):
+    def save(folder):
+        return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+
+    fit([lt.LRSchedule(lt.Linear()), save(tmp_path)], train=ResumableLoader())
+    trainer, _ = fit(
+        [lt.LRSchedule(lt.Linear()), save(tmp_path / "rest")],
+        train=ResumableLoader(),
+        ckpt_path=tmp_path / "step=4.ckpt",
+        accumulate_grad_batches=2,
+    )
+    scheduler = trainer.lr_scheduler_configs[0].scheduler
+    assert (scheduler.total_steps, scheduler.last_epoch) == (8, 8)
 
 
 def test_fit_that_had_nothing_to_train_or_failed_early_loses_no_step():
