@@ -207,7 +207,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
             return
         for callback in trainer.callbacks:
             if isinstance(callback, EMA):
-                callback.finish(trainer, pl_module)
+                callback.finish(trainer)
         for name, holder, key in weight_slots(pl_module):
             tensor, best = holder[key], self.best_weights.get(name)
             if tensor is None or best is None:
@@ -226,11 +226,8 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         metrics = trainer.callback_metrics
         score = metrics.get(self.monitor)
         if self._pending is None:
-            if (
-                score is None and self._resumed
-            ):  # Lightning restores no metrics: there is none before the next validation
-                return
-            if not self._validate_condition_metric(metrics) or score is None:
+            # Lightning restores no metrics: a resumed run has none before its next validation.
+            if (score is None and self._resumed) or not self._validate_condition_metric(metrics) or score is None:
                 return
             if score is self._checked:  # no new one since
                 return

@@ -136,7 +136,7 @@ class EMA(Callback):
         """Put the average into the module."""
         if self._fitting:
             self._evaluated = self._average is not None
-            self._agree_on_buffers(trainer, pl_module)
+            self._agree_on_buffers(trainer)
             self._show()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -146,17 +146,16 @@ class EMA(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End with the average in the module."""
-        self.finish(trainer, pl_module)
+        self.finish(trainer)
 
-    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def finish(self, trainer: pl.Trainer) -> None:
         """Put the average into the module for good; done once, whoever of several callbacks asks first.
 
         Args:
             trainer: the trainer in `on_train_end`.
-            pl_module: its module.
         """
         if self._fitting:
-            self._agree_on_buffers(trainer, pl_module)
+            self._agree_on_buffers(trainer)
             self._show()
             self._detach()
 
@@ -168,7 +167,7 @@ class EMA(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Follow the module to the device that Lightning leaves it on."""
-        self.finish(trainer, pl_module)  # where there was nothing to train, nobody has
+        self.finish(trainer)  # where there was nothing to train, nobody has
         if self._raw is not None and self._slots:
             here = self._tensors(self._raw)
             self._average = {name: tensor.data for name, tensor in here.items()}
@@ -198,12 +197,16 @@ class EMA(Callback):
         slots = self._slots
         return {name: slots[name][0][slots[name][1]] for name in names}  # type: ignore[misc]
 
+    def _start(self, weights: dict[str, Tensor]) -> None:
+        """Begin the average as a copy of those weights that have one."""
+        vectors = _vectors(self._spectral)
+        chosen = {name: t for name, t in weights.items() if name not in vectors and can_average(t)}
+        self._average = {name: tensor.detach().clone() for name, tensor in chosen.items()}
+        self._buffers = [name for name, tensor in chosen.items() if not isinstance(tensor, Parameter)]
+
     def _update(self, optimizer: Optimizer) -> None:
         if self._average is None:
-            tensors = {name: tensor for name, tensor in self._tensors(self._slots).items() if tensor is not None}
-            own = _vectors(self._spectral)
-            self._average = {n: t.detach().clone() for n, t in tensors.items() if n not in own and can_average(t)}
-            self._buffers = [name for name in self._average if not isinstance(tensors[name], Parameter)]
+            self._start({name: tensor for name, tensor in self._tensors(self._slots).items() if tensor is not None})
         else:
             weights = self._tensors(self._average)
             for name in self._buffers:
@@ -255,7 +258,7 @@ class EMA(Callback):
         """Whether the module's weights are others than the last fit left in it."""
         return self._left is not None and self._left != self._fingerprint()
 
-    def _agree_on_buffers(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _agree_on_buffers(self, trainer: pl.Trainer) -> None:
         if trainer.world_size > 1 and self._average is not None and self._raw is None:
             agreed = trainer.strategy.broadcast({name: self._average[name].cpu() for name in self._buffers})
             for name in self._buffers:
@@ -326,10 +329,9 @@ class EMA(Callback):
         if "current_model_state" not in checkpoint:
             rank_zero_info("EMA: the checkpoint holds no average; it starts after the next step.")
             return
-        own = _vectors(spectral_norms(pl_module)) | set(checkpoint.get("unaveraged_weights", ()))
-        weights = {name: tensor for name, tensor in named_weights(pl_module).items() if name not in own}
-        self._average = {name: tensor.detach().clone() for name, tensor in weights.items() if can_average(tensor)}
-        self._buffers = [name for name in self._average if not isinstance(weights[name], Parameter)]
+        self._spectral = spectral_norms(pl_module)
+        unaveraged = checkpoint.get("unaveraged_weights", ())
+        self._start({name: tensor for name, tensor in named_weights(pl_module).items() if name not in unaveraged})
         self._updates = int(checkpoint["averaging_state"]["n_averaged"])
         raw = {**checkpoint, "state_dict": checkpoint["current_model_state"]}
         if raw["state_dict"].keys() != checkpoint["state_dict"].keys():

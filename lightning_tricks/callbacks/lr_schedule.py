@@ -181,16 +181,7 @@ class LRSchedule(Callback):
                     "LRSchedule: the checkpoint was trained without it; the schedule goes on at step"
                     f" {scheduler.last_epoch}."
                 )
-            total_steps = self.total_steps
-            if total_steps is None:
-                total_steps = 1 if schedule is None else run_length(trainer, len(self._schedulers))
-                if scheduler.restored and schedule is not None and steps_per_epoch is not None:
-                    # The epochs that were done may have had other lengths: what counts is what is left.
-                    if scheduler.steps_per_epoch != steps_per_epoch:
-                        scheduler.extra_steps = extra_steps(trainer, scheduler.last_epoch, steps_per_epoch)
-                    if scheduler.extra_steps:
-                        total_steps = (trainer.max_epochs or 0) * steps_per_epoch + scheduler.extra_steps
-                        total_steps = total_steps if trainer.max_steps == -1 else min(total_steps, trainer.max_steps)
+            total_steps = 1 if schedule is None else self._length(trainer, scheduler, steps_per_epoch)
             if schedule is not None and scheduler.restored and scheduler.total_steps != total_steps:
                 rank_zero_info(
                     f"LRSchedule: the run had {scheduler.total_steps} optimizer steps, now it has {total_steps}; the"
@@ -198,6 +189,20 @@ class LRSchedule(Callback):
                 )
             scheduler.begin(schedule, total_steps, steps_per_epoch)
             self._handles += after_real_steps("LRSchedule", [scheduler.optimizer], partial(_advance, scheduler))
+
+    def _length(self, trainer: pl.Trainer, scheduler: ScheduledLR, steps_per_epoch: int | None) -> int:
+        """The run's length as it was given, or as the run tells it, what was done with epochs of another length too."""
+        if self.total_steps is not None:
+            return self.total_steps
+        total_steps = run_length(trainer, len(self._schedulers))
+        if steps_per_epoch is None or not scheduler.restored:
+            return total_steps
+        if scheduler.steps_per_epoch != steps_per_epoch:
+            scheduler.extra_steps = extra_steps(trainer, scheduler.last_epoch, steps_per_epoch)
+        if not scheduler.extra_steps:
+            return total_steps
+        total_steps = (trainer.max_epochs or 0) * steps_per_epoch + scheduler.extra_steps
+        return total_steps if trainer.max_steps == -1 else min(total_steps, trainer.max_steps)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop counting."""

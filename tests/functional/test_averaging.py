@@ -101,7 +101,9 @@ def test_lists_of_another_length_are_refused():
 
 
 def test_nothing_to_average_is_no_error():
-    ema_([], [], 0.5)
+    average = []
+    ema_(average, [], 0.5)
+    assert average == []
 
 
 @pytest.mark.parametrize(
