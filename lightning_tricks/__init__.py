@@ -1,31 +1,65 @@
 """The tricks of training neural networks, as callbacks for an unchanged PyTorch Lightning module."""
 
 from lightning_tricks import callbacks, functional
-from lightning_tricks.callbacks import EMA, BatchTransforms, EarlyStopping, LRSchedule, UpdateMonitor
+from lightning_tricks.callbacks import EMA, BatchTransforms, EarlyStopping, LRSchedule, ParamSchedule, UpdateMonitor
 from lightning_tricks.functional import schedules
-from lightning_tricks.functional.schedules import Constant, Cosine, Linear, Warmup, WarmupCosine
+from lightning_tricks.functional.schedules import (
+    Constant,
+    Cooldown,
+    Cosine,
+    CosineRestarts,
+    Exponential,
+    InverseSqrt,
+    InverseTime,
+    Join,
+    Linear,
+    OneCycle,
+    Polynomial,
+    Steps,
+    Triangular,
+    Warmup,
+    WarmupCosine,
+    WarmupStableDecay,
+)
 from lightning_tricks.labels import MixedLabels, soft_targets
 from lightning_tricks.losses import LabelSmoothingCrossEntropy
+from lightning_tricks.lr_finder import LRCurve, find_lr
+from lightning_tricks.plots import plot_schedule
 from lightning_tricks.transforms import Cutout, LabelSmoothing, Mixup
 
 __all__ = [
     "EMA",
     "BatchTransforms",
     "Constant",
+    "Cooldown",
     "Cosine",
+    "CosineRestarts",
     "Cutout",
     "EarlyStopping",
+    "Exponential",
+    "InverseSqrt",
+    "InverseTime",
+    "Join",
+    "LRCurve",
     "LRSchedule",
     "LabelSmoothing",
     "LabelSmoothingCrossEntropy",
     "Linear",
     "MixedLabels",
     "Mixup",
+    "OneCycle",
+    "ParamSchedule",
+    "Polynomial",
+    "Steps",
+    "Triangular",
     "UpdateMonitor",
     "Warmup",
     "WarmupCosine",
+    "WarmupStableDecay",
     "callbacks",
+    "find_lr",
     "functional",
+    "plot_schedule",
     "schedules",
     "soft_targets",
 ]

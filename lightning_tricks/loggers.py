@@ -22,8 +22,8 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
 def log_settings(callback: pl.Callback, trainer: pl.Trainer) -> None:
     """Write the settings of every trick of the trainer to the run's configuration, under `tricks`, once.
 
-    Each callback of this package calls it at the start of `fit`; the first of them writes for all. A trick that is
-    there twice is numbered: `BatchTransforms`, `BatchTransforms-2`.
+    Each callback of this package calls it at the end of its `on_train_start`, when what it takes from the run is known;
+    the last of them writes for all. A trick that is there twice is numbered: `BatchTransforms`, `BatchTransforms-2`.
 
     Args:
         callback: the callback that calls.
@@ -31,7 +31,7 @@ def log_settings(callback: pl.Callback, trainer: pl.Trainer) -> None:
     """
     package = __name__.partition(".")[0]
     tricks = [other for other in trainer.callbacks if any(_is_from(package, base) for base in type(other).__mro__)]
-    if not tricks or tricks[0] is not callback:
+    if not tricks or tricks[-1] is not callback:
         return
     config: dict[str, Any] = {}
     for trick in tricks:

@@ -10,7 +10,8 @@ import pytest
 import lightning_tricks as lt
 
 ROOT = Path(lt.__file__).parent
-LAYERS = {"functional", "dispatch", "one_hot", "labels", "losses", "transforms", "loggers", "callbacks", "__init__"}
+LAYERS = {"functional", "dispatch", "one_hot", "labels", "losses", "transforms", "loggers", "plots", "callbacks"}
+LAYERS |= {"lr_finder", "rollback", "__main__", "__init__"}
 MAY_IMPORT = {
     "functional": {"functional"},
     "dispatch": set(),
@@ -19,7 +20,11 @@ MAY_IMPORT = {
     "losses": {"functional", "labels"},
     "transforms": {"functional", "labels"},
     "loggers": set(),
+    "plots": {"functional"},
     "callbacks": {"functional", "labels", "losses", "transforms", "loggers", "callbacks"},
+    "lr_finder": {"functional", "callbacks", "plots", "rollback"},
+    "rollback": set(),
+    "__main__": {"functional", "plots"},
     "__init__": LAYERS,
 }
 OUTSIDE = {
@@ -30,7 +35,11 @@ OUTSIDE = {
     "losses": {"torch"},
     "transforms": {"torch"},
     "loggers": {"lightning"},
+    "plots": {"matplotlib"},
     "callbacks": {"torch", "lightning"},
+    "lr_finder": {"torch", "lightning"},
+    "rollback": {"torch", "lightning"},
+    "__main__": set(),
     "__init__": set(),
 }
 FILES = sorted(ROOT.rglob("*.py"))
@@ -89,18 +98,30 @@ def test_only_the_edge_knows_wandb():
 
 PUBLIC = {name: getattr(lt, name) for name in lt.__all__ if not inspect.ismodule(getattr(lt, name))}
 PUBLISHED = {
+    "Cooldown": "2405.18392",
     "Cosine": "1608.03983",
+    "CosineRestarts": "1608.03983",
     "Cutout": "1708.04552",
     "EMA": "1703.01780",
     "EarlyStopping": "Prechelt",
+    "InverseSqrt": "1706.03762",
+    "InverseTime": "Robbins",
+    "LRCurve": "1506.01186",
     "LRSchedule": "1706.02677",
     "LabelSmoothing": "1512.00567",
     "LabelSmoothingCrossEntropy": "1512.00567",
     "MixedLabels": "1710.09412",
     "Mixup": "1710.09412",
+    "OneCycle": "1708.07120",
+    "ParamSchedule": "1711.05101",
+    "Polynomial": "1606.00915",
+    "Steps": "1512.03385",
+    "Triangular": "1506.01186",
     "UpdateMonitor": "Karpathy",
+    "find_lr": "1506.01186",
     "Warmup": "1706.02677",
     "WarmupCosine": "1706.02677",
+    "WarmupStableDecay": "2404.06395",
 }
 
 
@@ -126,7 +147,7 @@ def test_public_name_is_documented_in_full(name):
 
 
 def test_every_trick_that_was_published_says_where():
-    plain = {"BatchTransforms", "Constant", "Linear", "soft_targets"}
+    plain = {"BatchTransforms", "Constant", "Exponential", "Join", "Linear", "plot_schedule", "soft_targets"}
     assert set(PUBLIC) - plain == set(PUBLISHED)
 
 

@@ -34,9 +34,17 @@ TRICKS = """
     - class_path: lightning_tricks.LabelSmoothing
       init_args: {smoothing: 0.1}
     seed: 1
+- class_path: lightning_tricks.ParamSchedule
+  init_args:
+    name: weight_decay
+    schedule: {class_path: lightning_tricks.Cosine}
+    total_steps: 12
 - class_path: lightning_tricks.UpdateMonitor
   init_args: {every_n_steps: 2}
 """
+
+
+COSINE = {"class_path": "lightning_tricks.Cosine"}
 
 
 class Data(L.LightningDataModule):
@@ -62,11 +70,12 @@ def config_with(callbacks):
 def test_a_run_from_yaml(tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "3")  # LightningCLI sets it; taken back after the test
     cli = run(config_with(yaml.safe_load(TRICKS)), tmp_path)
-    schedule, ema, stop, transforms, monitor = cli.trainer.callbacks[:5]
+    schedule, ema, stop, transforms, param, monitor = cli.trainer.callbacks[:6]
     assert schedule.schedule == lt.Warmup("1ep", lt.Cosine(0.01), start=0.1)
     assert ema.updates == 12
     assert (stop.checks, stop.ignore_first, stop.restore_best) == (2, 1, True)
     assert transforms.transforms == [lt.Cutout(2), lt.Mixup(0.2), lt.LabelSmoothing(0.1)]
+    assert (param.name, param.schedule) == ("weight_decay", lt.Cosine())
     assert monitor.every_n_steps == 2
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.01)
 
@@ -80,12 +89,38 @@ def test_a_run_from_yaml(tmp_path, monkeypatch):
         ("Linear", {"start": 1.0, "end": 0.1}, lt.Linear(1.0, 0.1)),
         ("Constant", {"value": 0.5}, lt.Constant(0.5)),
         ("Cosine", {}, lt.Cosine()),
+        ("Polynomial", {"power": 2, "end": 0.1}, lt.Polynomial(2, 0.1)),
+        ("Exponential", {"end": 0.1}, lt.Exponential(0.1)),
+        ("Steps", {"milestones": [300, 0.5, "40ep"], "gamma": 0.5}, lt.Steps([300, 0.5, "40ep"], 0.5)),
+        ("InverseSqrt", {"timescale": "3ep"}, lt.InverseSqrt("3ep")),
+        ("InverseTime", {"timescale": 0.1}, lt.InverseTime(0.1)),
+        ("CosineRestarts", {"length": "3ep", "multiplier": 2}, lt.CosineRestarts(length="3ep", multiplier=2)),
+        ("CosineRestarts", {"cycles": 4, "gamma": 0.5}, lt.CosineRestarts(cycles=4, gamma=0.5)),
+        ("Triangular", {"cycles": 2, "low": 0.1, "up": 0.3}, lt.Triangular(cycles=2, low=0.1, up=0.3)),
+        (
+            "OneCycle",
+            {"warmup": 0.2, "shape": "linear", "three_phase": True},
+            lt.OneCycle(0.2, 0.04, 1, 4e-6, "linear", True),
+        ),
+        (
+            "Warmup",
+            {"duration": 5, "then": COSINE, "start": 0.1, "shape": "exponential"},
+            lt.Warmup(5, lt.Cosine(), 0.1, "exponential"),
+        ),
+        (
+            "Cooldown",
+            {"duration": 0.2, "before": COSINE, "shape": "1-sqrt"},
+            lt.Cooldown(0.2, lt.Cosine(), 0.0, "1-sqrt"),
+        ),
+        ("WarmupStableDecay", {"warmup": 10, "cooldown": 0.2}, lt.WarmupStableDecay(10, 0.2)),
+        ("Join", {"schedules": [COSINE, COSINE], "milestones": ["3ep"]}, lt.Join([lt.Cosine(), lt.Cosine()], ["3ep"])),
     ],
 )
 def test_every_schedule_from_yaml(class_path, init_args, expected, tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "3")
     schedule = {"class_path": f"lightning_tricks.{class_path}", "init_args": init_args}
-    callback = {"class_path": "lightning_tricks.LRSchedule", "init_args": {"schedule": schedule, "total_steps": 1000}}
+    options = {"schedule": schedule, "total_steps": 1000, "scale_with_batch": "linear", "on_new_horizon": "keep"}
+    callback = {"class_path": "lightning_tricks.LRSchedule", "init_args": options}
     config = config_with([callback])
     config["trainer"]["max_epochs"] = 0
     cli = run(config, tmp_path)
@@ -105,4 +140,4 @@ def test_config_that_the_cli_saves_builds_the_same_again(tmp_path, monkeypatch):
     saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
     (tmp_path / "config.yaml").unlink()
     second = run(saved, tmp_path)
-    assert [c.settings for c in second.trainer.callbacks[:5]] == [c.settings for c in first.trainer.callbacks[:5]]
+    assert [c.settings for c in second.trainer.callbacks[:6]] == [c.settings for c in first.trainer.callbacks[:6]]

@@ -30,7 +30,7 @@ def test_rows_and_settings_are_those_of_the_callbacks(logger, tmp_path):
         assert row["trainer/global_step"] == step
         assert {key: row[key] for key in values} == values
     assert_same(config["tricks"], memory.hparams["tricks"])
-    assert config["tricks"]["LRSchedule"] == {"schedule": "WarmupCosine(warmup=0.25, end=0.0)", "total_steps": None}
+    assert config["tricks"]["LRSchedule"] == {"schedule": "WarmupCosine(warmup=0.25, end=0)", "total_steps": 12}
 
 
 def test_two_batch_transforms_are_numbered_in_the_settings():

@@ -4,6 +4,7 @@ from lightning_tricks.callbacks.batch_transforms import BatchTransforms
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.ema import EMA
 from lightning_tricks.callbacks.lr_schedule import LRSchedule
+from lightning_tricks.callbacks.param_schedule import ParamSchedule
 from lightning_tricks.callbacks.update_monitor import UpdateMonitor
 
-__all__ = ["EMA", "BatchTransforms", "EarlyStopping", "LRSchedule", "UpdateMonitor"]
+__all__ = ["EMA", "BatchTransforms", "EarlyStopping", "LRSchedule", "ParamSchedule", "UpdateMonitor"]

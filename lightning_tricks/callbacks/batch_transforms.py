@@ -131,10 +131,13 @@ class BatchTransforms(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stand behind the hook through which every batch comes."""
-        log_settings(self, trainer)
         self._trainer, self._waiting = trainer, True
         self._owner = _owner_of_hook(trainer, pl_module)
         _attach(self, self._owner)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the settings."""
+        log_settings(self, trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The next batch that comes is one to train on."""

@@ -146,13 +146,13 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         self.best_weights = self._pending = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the settings."""
-        log_settings(self, trainer)
+        """From here on scores count."""
         self._fitting = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing to check yet: Lightning may end the epoch of a checkpoint once more, without having trained."""
         self._has_news = False
+        log_settings(self, trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -102,7 +102,6 @@ class EMA(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the average of a checkpoint or of the fit before, if the module still is what that left."""
-        log_settings(self, trainer)
         for name, parameter in pl_module.named_parameters():
             if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
                 fix = f"{name} would stand still; train with precision='bf16-mixed' or '16-mixed' instead"
@@ -131,6 +130,7 @@ class EMA(Callback):
         """Update after every real optimizer step from here on."""
         self._find_tensors(pl_module)  # the module's own on_fit_start may have added some
         self._handles = after_real_steps("EMA", trainer.optimizers, self._update)
+        log_settings(self, trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the average into the module."""

@@ -2,142 +2,157 @@
 
 import math
 import sys
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
-    Callback,
-    GradientAccumulationScheduler,
-    StochasticWeightAveraging,
-)
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.hooks import RemovableHandle
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
-from lightning_tricks.callbacks.steps import after_real_steps, refuse_twins
-from lightning_tricks.functional.checks import check_count, message
-from lightning_tricks.functional.schedules import Schedule, resolve_epochs
-from lightning_tricks.loggers import log_settings
+from lightning_tricks.callbacks.clock import Clock, OnMismatch, OnNewHorizon, changes_accumulation, survey
+from lightning_tricks.callbacks.param_groups import label_groups, scale_groups
+from lightning_tricks.callbacks.scheduled import Scheduled, Target
+from lightning_tricks.functional.checks import check_count, check_flag, message
+from lightning_tricks.functional.schedules import Schedule, describe, resolve_epochs
 
-STATE = ("last_epoch", "total_steps", "steps_per_epoch", "extra_steps")
+BASE_KEPT = "beside schedulers that keep the optimizer's own rate"
+BASE_LOST = "OneCycleLR and CyclicLR overwrite it, and the base is lost: begin anew without them"
 
 
 class ScheduledLR(LRScheduler):
-    """The torch scheduler that Lightning saves, restores and monitors; `begin` tells it the length of the run.
-
-    Until then, and for good where the length stays None, it keeps the base rates.
+    """What Lightning and the module see in a scheduler's place: it tells the rates and never sets them.
 
     Args:
-        optimizer: the optimizer whose groups it scales.
+        optimizer: the optimizer whose rates it tells.
+        clock: what counts its steps.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.schedule: Schedule | None = None
-        self.total_steps: int | None = None
-        self.steps_per_epoch: int | None = None
-        self.extra_steps = 0  # what earlier epochs had more than epochs of this length
-        self.restored = False
+    def __init__(self, optimizer: Optimizer, clock: Clock) -> None:
+        self.clock = clock
         super().__init__(optimizer)
 
-    def begin(self, schedule: Schedule | None, total_steps: int, steps_per_epoch: int | None) -> None:
-        """Follow the schedule from the step it is at; None keeps the base rates."""
-        self.schedule, self.total_steps, self.steps_per_epoch = schedule, total_steps, steps_per_epoch
-        self._apply()
+    @property
+    def last_epoch(self) -> int:
+        """Real steps so far, under torch's name."""
+        return self.clock.step
 
-    def get_lr(self) -> list[float | Tensor]:
-        """The rate of each group: its base times the factor. A group that was added later has its own rate as base."""
-        factor = 1.0
-        if self.schedule is not None and self.total_steps is not None:
-            factor = self.schedule(self.last_epoch, self.total_steps)
-        for group in self.optimizer.param_groups:
-            if "initial_lr" not in group:
-                group["initial_lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
-        return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
+    @last_epoch.setter
+    def last_epoch(self, step: int) -> None:
+        """Torch's constructor sets it."""
 
     def step(self, epoch: int | None = None) -> None:
-        """Count one real step and set the rates in force after it."""
-        self.last_epoch += 1
-        self._apply()
+        """Nothing: real steps are counted where they happen, and one that a module asks for must not count again."""
 
-    def _apply(self) -> None:
-        self._last_lr = self.get_lr()
-        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The rates in force."""
+        return [group["lr"] for group in self.optimizer.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, and the length of the run and of the epochs it belongs to."""
-        return {name: getattr(self, name) for name in STATE}
+        """Nothing: Lightning restores by position, whatever it is; the clock is saved by its name."""
+        return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the count of another run; the rates follow in `begin`."""
-        if not set(STATE) <= state_dict.keys():
-            fix = "The checkpoint was trained with another scheduler: resume with that one, or load the weights alone"
-            raise ValueError(message("LRSchedule", "checkpoint", "one of LRSchedule", sorted(state_dict), fix))
-        for name in STATE:
-            setattr(self, name, state_dict[name])
-        self.restored = True
+        """Nothing, for the same reason."""
 
 
-class LRSchedule(Callback):
+class LRSchedule(Scheduled):
     """Let the learning rate of every parameter group follow a schedule of real optimizer steps.
 
-        lr = base_lr * schedule(step, total_steps)
+        lr = base_lr * schedule(step, total_steps) * batch_scale
 
     `base_lr` is what `configure_optimizers` gave the group. A step counts when the optimizer changed weights: batches
     that only accumulate gradients and steps that a GradScaler skipped do not count. The length is taken from the run:
     `max_epochs` or `max_steps`, the loader's length, `limit_train_batches` and accumulation; under manual optimization
-    one step of each optimizer for each batch is assumed. Lightning saves and restores the step; a run resumed with
-    another length stretches the schedule to it and says so. `LearningRateMonitor` logs the rates. In `fast_dev_run` the
-    rates stay at their base.
+    one step of each optimizer for each batch is assumed. Before the first step a line says what the schedule does, and
+    after the last a warning if the training was more than 1 % shorter or longer. Lightning saves and restores the step.
+    The rates are logged as `LearningRateMonitor` logs them. In `fast_dev_run` the rates stay at their base.
 
     Args:
         schedule: (step, total_steps) -> factor, as `WarmupCosine(0.05)`.
         total_steps: length of the run (optimizer steps), at least 1; None takes it from the run.
+        scale_with_batch: `"linear"` multiplies the rates by global batch / `base_batch_size`, `"sqrt"` by the root of
+            it; None leaves them. The global batch is the loader's batch x accumulation x ranks of all nodes.
+        base_batch_size: global batch (samples) that the base rates are meant for, at least 1.
+        optimizer: index of the one optimizer whose rate it is; None takes all. Two LRSchedules can have one each.
+        replace: whether schedulers that the module returns for these optimizers are taken out; else they are an error.
+        on_new_horizon: a run that is gone on with by another length, say a longer `max_epochs`, `"stretch"`es the
+            schedule to it or `"keep"`s the old length, and says so.
+        on_mismatch: a checkpoint of another schedule is an error that shows both (`"refuse"`), or gone on with
+            (`"use_new"`). A plain function is known by its name alone.
+        prog_bar: whether the rate of the first group is shown in the progress bar.
     Raises:
         TypeError: the schedule is not callable, or an optimizer has no step hooks.
         ValueError: the length cannot be known (endless training, an unsized loader, an accumulation that changes,
-            several optimizers that share `max_steps`), the module returns a scheduler of its own, another LRSchedule is
-            in the Trainer, or the checkpoint was trained with another scheduler.
+            several optimizers that share `max_steps`), the module returns a scheduler of its own, another LRSchedule
+            has the same optimizer, the loader's batch size is not known but wanted, or the checkpoint was trained with
+            another scheduler.
     References:
-        Goyal et al., 2017, arXiv:1706.02677, section 2.2 (warmup); Loshchilov and Hutter, 2017, arXiv:1608.03983
-            (cosine).
+        Goyal et al., 2017, arXiv:1706.02677, section 2.2 (warmup) and 2.1 (linear scaling); Loshchilov and Hutter,
+            2017, arXiv:1608.03983 (cosine); Krizhevsky, 2014, arXiv:1404.5997, section 5 (square-root scaling).
     Example:
-        >>> import lightning as L
-        >>> from lightning_tricks import Cosine, LRSchedule, Warmup
-        >>> trainer = L.Trainer(callbacks=[LRSchedule(Warmup(500, Cosine(end=0.01)))], logger=False, barebones=False)
+        >>> from lightning_tricks import Linear, LRSchedule
+        >>> LRSchedule(Linear()).preview(total_steps=4)
+        [1.0, 0.75, 0.5, 0.25, 0.0]
     """
 
-    def __init__(self, schedule: Schedule, total_steps: int | None = None) -> None:
-        if not callable(schedule) or isinstance(schedule, type):
-            fix = "Give one, as in LRSchedule(WarmupCosine(0.05))"
-            raise TypeError(
-                message("LRSchedule", "schedule", "a schedule (step, total_steps) -> factor", schedule, fix)
-            )
-        if total_steps is not None:
-            check_count("LRSchedule", "total_steps", total_steps, 1, "optimizer steps", "None takes it from the run")
-        self.schedule = schedule
-        self.total_steps = total_steps
-        self._schedulers: list[ScheduledLR] = []
-        self._handles: list[RemovableHandle] = []
-        self._last: list[dict[str, Any]] = []  # states of the schedulers at the end of the last fit
+    owner = "LRSchedule"
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        total_steps: int | None = None,
+        scale_with_batch: Literal["linear", "sqrt"] | None = None,
+        base_batch_size: int = 256,
+        *,
+        optimizer: int | None = None,
+        replace: bool = False,
+        on_new_horizon: OnNewHorizon = "stretch",
+        on_mismatch: OnMismatch = "refuse",
+        prog_bar: bool = False,
+    ) -> None:
+        super().__init__("lr", schedule, total_steps, optimizer, on_new_horizon, on_mismatch, prog_bar)
+        if scale_with_batch not in (None, "linear", "sqrt"):
+            fix = "None leaves the rates as they are"
+            raise ValueError(message("LRSchedule", "scale_with_batch", "'linear' or 'sqrt'", scale_with_batch, fix))
+        check_count("LRSchedule", "base_batch_size", base_batch_size, 1, "samples", "256 is usual for ImageNet")
+        check_flag("LRSchedule", "replace", replace, "True takes the module's schedulers out")
+        self.scale_with_batch, self.base_batch_size, self.replace = scale_with_batch, base_batch_size, replace
+        self._batch: dict[str, Any] = {}
+        self._foreign: list[dict[str, Any]] = []  # states of other schedulers in a checkpoint
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the run's configuration shows."""
-        return {"schedule": repr(self.schedule), "total_steps": self.total_steps}
+        return {**super().settings, **self._batch}
+
+    def preview(self, total_steps: int | None = None, steps_per_epoch: int | None = None) -> list[float]:
+        """The factor at every step, from before the first to after the last, without a run.
+
+        Args:
+            total_steps: length of the run (optimizer steps); None takes that of the callback, or of the run it is in.
+            steps_per_epoch: optimizer steps of an epoch, where durations are given in epochs; None takes the run's.
+        Returns:
+            `total_steps + 1` factors of the base rates.
+        Raises:
+            ValueError: no length is known; what the schedule itself refuses.
+        """
+        known = next(iter(self._states().values()), {})
+        total_steps = total_steps or known.get("total_steps") or self.total_steps
+        if total_steps is None:
+            fix = "Give LRSchedule(schedule, total_steps=...) or preview(total_steps=...)"
+            raise ValueError(message("LRSchedule.preview", "total_steps", "known before a run", None, fix))
+        check_count("LRSchedule.preview", "total_steps", total_steps, 1, "optimizer steps", "Give the run's length")
+        schedule = resolve_epochs(self.schedule, steps_per_epoch or known.get("steps_per_epoch") or math.inf)
+        survey("LRSchedule", schedule, total_steps)
+        return [float(schedule(step, total_steps)) for step in range(total_steps + 1)]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a second owner of the learning rate."""
-        refuse_twins(self, trainer, "the learning rate")
+        super().setup(trainer, pl_module, stage)
         owners = (StochasticWeightAveraging, BackboneFinetuning)
         others = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, owners)]
         if others:
@@ -145,133 +160,131 @@ class LRSchedule(Callback):
             raise ValueError(message("LRSchedule", "callbacks", "the only one that sets the rate", others, fix))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach the schedulers before Lightning restores a checkpoint; the length of the run is not known yet."""
-        log_settings(self, trainer)
-        if trainer.lr_scheduler_configs:
-            got = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
-            fix = "Return the optimizer alone from configure_optimizers, or leave LRSchedule out"
+        """Put schedulers where torch's would be, before Lightning restores a checkpoint."""
+        super().on_fit_start(trainer, pl_module)
+        configs = trainer.lr_scheduler_configs
+        theirs = [config for config in configs if not isinstance(config.scheduler, ScheduledLR)]
+        replaced = self._replaced(theirs)
+        # A checkpoint had schedulers that are not the module's any more: those of optimizers without a clock of ours.
+        if len(self._foreign) > len(theirs) - len(replaced):
+            names = f"a scheduler of torch with {_plain(self._foreign[-1])}"
+            if any({"max_lrs", "_schedule_phases"} & state.keys() for state in self._foreign):
+                raise ValueError(message("LRSchedule", "checkpoint", BASE_KEPT, names, BASE_LOST))
+            for target in self._targets.values():
+                if not target.clock.restored:
+                    target.clock.check_same(names)
+        self._foreign = []
+        ours = {
+            id(target.optimizer): LRSchedulerConfig(
+                ScheduledLR(target.optimizer, target.clock), interval="step", frequency=sys.maxsize
+            )
+            for target in self._targets.values()
+        }
+        # In place of what it replaces: a module that steps its schedulers by hand knows them by their order. Beside
+        # schedulers of other optimizers it stays out, so that the module has as many as it returned.
+        configs = [
+            ours.get(id(config.scheduler.optimizer), config) if config in replaced else config for config in configs
+        ]
+        trainer.strategy.lr_scheduler_configs = configs if theirs else [*configs, *ours.values()]
+
+    def _replaced(self, configs: list[LRSchedulerConfig]) -> list[LRSchedulerConfig]:
+        """The module's own schedulers of these optimizers; an error unless they are to be replaced."""
+        optimizers = [target.optimizer for target in self._targets.values()]
+        # A foreign scheduler need not say whose it is.
+        found = [config for config in configs if getattr(config.scheduler, "optimizer", None) in [None, *optimizers]]
+        names = ", ".join(f"{type(c.scheduler).__name__}({_plain(c.scheduler.state_dict())})" for c in found)
+        if found and not self.replace:
+            got = f"{names} beside {describe(self.schedule)}"
+            fix = "Return the optimizer alone from configure_optimizers, or give LRSchedule(..., replace=True)"
             raise ValueError(message("LRSchedule", "schedulers", "the only one of the optimizers", got, fix))
-        self._schedulers = [ScheduledLR(optimizer) for optimizer in trainer.optimizers]
-        if trainer.global_step == 0:
-            self._last = []  # a new run
-        for scheduler, last in zip(self._schedulers, self._last, strict=False):
-            scheduler.load_state_dict(last)  # a further fit of this run; a checkpoint's state comes after it
-        # Lightning saves, restores and logs these, and never steps them: it would count skipped steps too.
-        configs = [LRSchedulerConfig(s, interval="step", frequency=sys.maxsize) for s in self._schedulers]
-        trainer.strategy.lr_scheduler_configs.extend(configs)
+        if any(_overwrites_base(config.scheduler) for config in found):
+            raise ValueError(message("LRSchedule", "replace", BASE_KEPT, names, BASE_LOST))
+        if found:
+            rank_zero_info(f"LRSchedule: it replaces {names}, which the module returned.")
+        return found
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Forget an earlier fit: the steps are the checkpoint's."""
+        """Take up the clocks of a checkpoint, and see what else it was trained under."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._last = []
+            self._foreign = [state for state in checkpoint.get("lr_schedulers", []) if state]  # ours are empty
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the length from the run, set the rates of the first step, and count real steps from here."""
-        batches = trainer.num_training_batches / trainer.accumulate_grad_batches
-        steps_per_epoch = math.ceil(batches) if math.isfinite(batches) else None
-        schedule: Schedule | None = None
-        if not trainer.fast_dev_run:
-            schedule = resolve_epochs(self.schedule, math.inf if steps_per_epoch is None else steps_per_epoch)
-        for scheduler in self._schedulers:
-            if not scheduler.restored and trainer.global_step > 0:
-                scheduler.last_epoch = trainer.global_step // len(self._schedulers)
-                rank_zero_info(
-                    "LRSchedule: the checkpoint was trained without it; the schedule goes on at step"
-                    f" {scheduler.last_epoch}."
-                )
-            total_steps = 1 if schedule is None else self._length(trainer, scheduler, steps_per_epoch)
-            if schedule is not None and scheduler.restored and scheduler.total_steps != total_steps:
-                rank_zero_info(
-                    f"LRSchedule: the run had {scheduler.total_steps} optimizer steps, now it has {total_steps}; the"
-                    f" schedule is stretched, and goes on at step {scheduler.last_epoch}."
-                )
-            scheduler.begin(schedule, total_steps, steps_per_epoch)
-            self._handles += after_real_steps("LRSchedule", [scheduler.optimizer], partial(_advance, scheduler))
+        """Take the length and the batch from the run, and begin."""
+        scale = self._batch_scale(trainer)
+        for target in self._targets.values():
+            clock = target.clock
+            if clock.restored and clock.scale != scale:
+                rank_zero_info(f"LRSchedule: the batch had scaled the rates by {clock.scale:.4g}, now by {scale:.4g}.")
+            clock.scale = scale
+        super().on_train_start(trainer, pl_module)
 
-    def _length(self, trainer: pl.Trainer, scheduler: ScheduledLR, steps_per_epoch: int | None) -> int:
-        """The run's length as it was given, or as the run tells it, what was done with epochs of another length too."""
-        if self.total_steps is not None:
-            return self.total_steps
-        total_steps = run_length(trainer, len(self._schedulers))
-        if steps_per_epoch is None or not scheduler.restored:
-            return total_steps
-        if scheduler.steps_per_epoch != steps_per_epoch:
-            scheduler.extra_steps = extra_steps(trainer, scheduler.last_epoch, steps_per_epoch)
-        if not scheduler.extra_steps:
-            return total_steps
-        total_steps = (trainer.max_epochs or 0) * steps_per_epoch + scheduler.extra_steps
-        return total_steps if trainer.max_steps == -1 else min(total_steps, trainer.max_steps)
+    def _batch_scale(self, trainer: pl.Trainer) -> float:
+        """What the batch does to the rates; says so, and remembers it for the run's configuration."""
+        if self.scale_with_batch is None or trainer.fast_dev_run:
+            return 1.0
+        batch, accumulation, ranks = global_batch_size(trainer)
+        total = batch * accumulation * ranks
+        ratio = total / self.base_batch_size
+        scale = ratio if self.scale_with_batch == "linear" else math.sqrt(ratio)
+        self._batch = {"global_batch_size": total, "batch_scale": scale}
+        rank_zero_info(
+            f"LRSchedule: a global batch of {total} = {batch} x {accumulation} x {ranks} (loader x accumulation x"
+            f" ranks) scales the rates by {scale:.4g} ({self.scale_with_batch} from {self.base_batch_size})."
+        )
+        return scale
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop counting."""
-        self._detach()
+    def apply(self, target: Target) -> None:
+        """Set the rate of every group of an optimizer."""
+        scale_groups(target.optimizer, "lr", target.clock.factor)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop counting."""
-        self._detach()
+    def values(self, trainer: pl.Trainer) -> dict[str, float]:
+        """The rates, under the names of LearningRateMonitor."""
+        chosen = {place: target.optimizer for place, target in self._targets.items()}
+        return {name: float(group["lr"]) for name, group in label_groups(trainer, chosen, "lr")}
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
-        self._detach()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_schedulers": [], "_handles": []}
-
-    def _detach(self) -> None:
-        if self._handles:
-            self._last = [scheduler.state_dict() for scheduler in self._schedulers]
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._schedulers = [], []
+    def logs(self, trainer: pl.Trainer) -> bool:
+        """Not where LearningRateMonitor does."""
+        return not any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)
 
 
-def _advance(scheduler: ScheduledLR, optimizer: Optimizer) -> None:
-    scheduler.step()
-
-
-def run_length(trainer: pl.Trainer, optimizers: int) -> int:
-    """Optimizer steps of the whole run, for each optimizer; to be asked once the loops are restored.
+def global_batch_size(trainer: pl.Trainer) -> tuple[int, int, int]:
+    """How many samples an optimizer step sees: the product of the three numbers.
 
     Args:
         trainer: the trainer in `on_train_start`.
-        optimizers: number of optimizers.
     Returns:
-        Steps from the beginning of the run, if all its epochs are as long as this one.
+        Samples of a batch of the training loader on one rank, batches of an optimizer step, and ranks of all nodes that
+        have batches of their own.
     Raises:
-        ValueError: it cannot be known; the error names `total_steps` as the way out.
+        ValueError: the batch size is not known, or the accumulation changes.
     """
-    got: Any = None
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
-        got = "an accumulation that changes between epochs"
-    elif optimizers > 1 and trainer.max_steps != -1:
-        got = f"max_steps={trainer.max_steps} shared by {optimizers} optimizers"
-    elif (steps := trainer.estimated_stepping_batches) == float("inf"):
-        got = "endless training (max_epochs=-1 without max_steps)"
-    elif steps <= 0:
-        got = "a loader without a length and no max_steps"
-    if got is not None:
-        fix = "Give LRSchedule(schedule, total_steps=...)"
-        raise ValueError(message("LRSchedule", "total_steps", "given where the run does not tell it", got, fix))
-    return int(steps)
+    fix = "Leave it out and scale the base rates yourself"
+    if changes_accumulation(trainer):
+        got = "GradientAccumulationScheduler"
+        raise ValueError(message("LRSchedule", "scale_with_batch", "None where the accumulation changes", got, fix))
+    loader = trainer.train_dataloader
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if not isinstance(size, int):
+        got = type(loader).__name__
+        raise ValueError(message("LRSchedule", "scale_with_batch", "None where the loader has no batch_size", got, fix))
+    ranks = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+    # The optimizer steps at an epoch's end, however many batches it was to wait for.
+    return size, int(min(trainer.accumulate_grad_batches, trainer.num_training_batches)), ranks
 
 
-def extra_steps(trainer: pl.Trainer, step: int, steps_per_epoch: int) -> int:
-    """Optimizer steps that a run has more than if all its epochs had the length they have from now on.
+def _overwrites_base(scheduler: Any) -> bool:
+    """Whether a scheduler of torch, or one that it is made of, put its own rates over the optimizer's."""
+    parts = getattr(scheduler, "_schedulers", [])
+    return isinstance(scheduler, (OneCycleLR, CyclicLR)) or any(map(_overwrites_base, parts))
 
-    Args:
-        trainer: the trainer in `on_train_start`.
-        step: steps done before.
-        steps_per_epoch: length of the epochs that are left.
-    Returns:
-        Steps, negative where the earlier epochs were shorter; 0 where `max_steps` alone ends the run.
-    """
-    if trainer.max_epochs in (None, -1):
-        return 0
-    extra = step - trainer.current_epoch * steps_per_epoch
-    epochs = trainer.fit_loop.epoch_progress.current
-    if epochs.started > epochs.processed:  # in the middle of an epoch: of its steps some are done
-        batches = trainer.num_training_batches - trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        extra -= steps_per_epoch - math.ceil(max(batches, 0) / trainer.accumulate_grad_batches)
-    return extra
+
+def _plain(state: dict[str, Any]) -> str:
+    """The plain values of a torch scheduler's state."""
+    hidden = ("base_lrs", "last_epoch", "verbose")
+    values = {key: value for key, value in state.items() if key not in hidden and not key.startswith("_")}
+    return ", ".join(f"{key}={value!r}" for key, value in values.items() if isinstance(value, (int, float, str)))

@@ -1,6 +1,7 @@
 """When an optimizer has really stepped, and which settings no callback of this package can serve."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -74,18 +75,21 @@ def refuse_sharded(owner: str, trainer: pl.Trainer) -> None:
         raise ValueError(message(owner, "strategy", "one that keeps whole parameters on each rank", name, fix))
 
 
-def refuse_twins(callback: pl.Callback, trainer: pl.Trainer, what: str) -> None:
+def refuse_twins(
+    callback: pl.Callback, trainer: pl.Trainer, what: str, rivals: Callable[[Any], bool] = lambda other: True
+) -> None:
     """Raise if the trainer has another callback of the same class, where one thing has one owner.
 
     Args:
         callback: the callback that asks.
         trainer: the trainer in its setup.
         what: the thing that both would own.
+        rivals: whether a callback of the class, this one among them, would own the same thing.
     Raises:
         ValueError: there are two.
     """
     owner = next(base for base in type(callback).__mro__ if base.__module__.startswith("lightning_tricks"))
-    count = sum(isinstance(other, owner) for other in trainer.callbacks)
+    count = sum(isinstance(other, owner) and rivals(other) for other in trainer.callbacks)
     if count > 1:
         fix = f"Both would own {what}; keep one"
         raise ValueError(message(owner.__name__, "callbacks", "the only one of its kind in a Trainer", count, fix))

@@ -72,12 +72,9 @@ class UpdateMonitor(Callback):
         refuse_twins(self, trainer, "the keys grad_norm, weight_norm and update_ratio")
         refuse_sharded("UpdateMonitor", trainer)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the settings."""
-        log_settings(self, trainer)
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the optimizers, if there is a logger to tell."""
+        log_settings(self, trainer)
         if not trainer.loggers or trainer.log_every_n_steps == 0:
             return
         if "total" in {_group(name) for name, _ in pl_module.named_parameters()}:

@@ -1,8 +1,10 @@
 """The one form of error message, and the checks of plain numbers that every constructor needs."""
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Any
+
+LARGEST = sys.float_info.max
 
 
 def message(owner: str, name: str, condition: str, got: Any, fix: str) -> str:
@@ -38,7 +40,8 @@ def check_number(
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(message(owner, name, f"a number {condition}", value, fix))
-    if not (math.isfinite(value) and ok(value)):
+    # An int beyond the largest float is infinite as a factor; math.isfinite would raise OverflowError.
+    if not (-LARGEST <= value <= LARGEST and ok(value)):
         raise ValueError(message(owner, name, condition, value, fix))
 
 
@@ -59,3 +62,16 @@ def check_count(owner: str, name: str, value: Any, least: int, unit: str, fix: s
         raise TypeError(message(owner, name, condition, value, fix))
     if value < least:
         raise ValueError(message(owner, name, condition, value, fix))
+
+
+def check_flag(owner: str, name: str, value: Any, fix: str) -> None:
+    """Raise unless the value is True or False.
+
+    Args:
+        owner, name, fix: as in `message`.
+        value: what came.
+    Raises:
+        TypeError: it is another thing, 0 and 1 among them.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(message(owner, name, "True or False", value, fix))

@@ -30,6 +30,7 @@ import lightning_tricks as lt
 
 CALLBACKS = {
     "LRSchedule": lambda: [lt.LRSchedule(lt.WarmupCosine(0.25))],
+    "ParamSchedule": lambda: [lt.ParamSchedule("body.2.momentum", lt.Cosine(0.1), optimizer=0)],
     "EMA": lambda: [lt.EMA(decay=0.9)],
     "EarlyStopping": lambda: [
         lt.EarlyStopping(monitor="val/loss", patience=100, ignore_first=1, restore_best=True),
@@ -39,11 +40,13 @@ CALLBACKS = {
     "all": lambda: [
         lt.EarlyStopping(monitor="val/loss", patience=100, ignore_first=1, restore_best=True),
         lt.LRSchedule(lt.WarmupCosine(0.25)),
+        lt.ParamSchedule("body.2.momentum", lt.Cosine(0.1), optimizer=0),
         lt.EMA(decay=0.9),
         lt.BatchTransforms([lt.Cutout(2), lt.Mixup(0.5), lt.LabelSmoothing(0.1)], seed=3),
         lt.UpdateMonitor(every_n_steps=2),
     ],
 }
+ends_elsewhere = pytest.mark.filterwarnings("ignore:.*the schedule is for .* optimizer steps")
 every_callback = pytest.mark.parametrize("name", CALLBACKS)
 
 
@@ -115,6 +118,7 @@ def test_run_resumed_in_the_middle_of_an_epoch_is_the_run_that_was_not_stopped(n
     assert_same(rest.rows, [row for row in whole.rows if row[0] >= 8])
 
 
+@ends_elsewhere
 @every_callback
 def test_two_optimizers_by_hand_resume_too(name, tmp_path):
     trainer, module = fit([*CALLBACKS[name](), every_epoch(tmp_path)], TwoOptimizers(), max_epochs=4)
@@ -187,6 +191,8 @@ def test_accumulation_counts_optimizer_steps(name):
         if isinstance(callback, lt.LRSchedule):
             assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
             assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+        if isinstance(callback, lt.ParamSchedule):
+            assert callback._last[0]["step"] == 4
 
 
 class Overflow(Callback):
@@ -211,6 +217,7 @@ class CountSteps(Callback):
         self.steps += 1
 
 
+@ends_elsewhere
 @every_callback
 def test_steps_that_a_scaler_skips_do_not_count(name):
     count = CountSteps()
@@ -227,6 +234,8 @@ def test_steps_that_a_scaler_skips_do_not_count(name):
             assert callback.updates == 8
         if isinstance(callback, lt.LRSchedule):
             assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 8
+        if isinstance(callback, lt.ParamSchedule):
+            assert callback._last[0]["step"] == 8
         if isinstance(callback, lt.UpdateMonitor):
             # Batches 3 and 7 would have been logged, but changed no weight.
             assert list(trainer.logger.series("update_ratio/total")) == [1, 5, 9, 11]
@@ -268,6 +277,7 @@ def test_exception_leaves_the_module_as_the_user_had_it(name, place, error, tmp_
     signal.signal(signal.SIGINT, handler)
     learned = {key for key, _ in module.named_parameters()}
     assert_same({k: v for k, v in snapshot(module).items() if k in learned}, {k: raw[k] for k in raw if k in learned})
+    assert module.body[2].momentum == 0.1
     assert hooks_left(module) == []
     assert set(vars(module)) == set(vars(fit([])[1]))
 
@@ -284,6 +294,7 @@ def test_exception_leaves_the_module_as_the_user_had_it(name, place, error, tmp_
 # ------------------------------------------------------------------------------------- 5. company, repeats, other sta
 
 
+@ends_elsewhere
 @every_callback
 def test_second_fit_goes_on(name):
     """Without momentum the optimizer has no state, so that two fits are one."""
@@ -293,7 +304,11 @@ def test_second_fit_goes_on(name):
             return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
     def tricks():
-        return [lt.LRSchedule(lt.Linear(), 24) if isinstance(c, lt.LRSchedule) else c for c in CALLBACKS[name]()]
+        longer = {
+            lt.LRSchedule: lt.LRSchedule(lt.Linear(), 24),
+            lt.ParamSchedule: lt.ParamSchedule("body.2.momentum", lt.Cosine(0.1), 24, optimizer=0),
+        }
+        return [longer.get(type(callback), callback) for callback in CALLBACKS[name]()]
 
     whole, whole_module = fit(tricks(), Plain(), max_epochs=4)
     callbacks = tricks()
@@ -371,6 +386,7 @@ def test_copies_of_callback_and_module_before_in_and_after_a_run(name):
     for twin in copies:
         plain = Net()
         plain.load_state_dict(twin.state_dict())
+        plain.body[2].momentum = twin.body[2].momentum  # a copy keeps the rate it was taken with
         start = len(twin.seen)
         fit([], twin, max_epochs=1)
         fit([], plain, max_epochs=1)
@@ -394,11 +410,13 @@ def test_module_is_left_as_it_was_found(name):
     fit(CALLBACKS[name](), module)
     _, plain = fit([])
     assert hooks_left(module) == []
+    assert module.body[2].momentum == 0.1
     assert set(vars(module)) == set(vars(plain))
 
 
 TWINS = {
     "LRSchedule": "LRSchedule: callbacks must be the only one of its kind in a Trainer, got 2",
+    "ParamSchedule": "ParamSchedule: callbacks must be the only one of its kind in a Trainer, got 2",
     "EMA": "EMA: callbacks must be the only one of its kind in a Trainer, got 2",
     "EarlyStopping": "EarlyStopping: restore_best must be True in one callback only",
     "BatchTransforms": None,
@@ -429,6 +447,13 @@ def test_early_stopping_on_two_metrics():
 def test_settings_of_every_trick_are_in_the_run_configuration():
     logger = MemoryLogger()
     fit(CALLBACKS["all"](), logger=logger)
-    assert list(logger.hparams["tricks"]) == ["EarlyStopping", "LRSchedule", "EMA", "BatchTransforms", "UpdateMonitor"]
+    assert list(logger.hparams["tricks"]) == [
+        "EarlyStopping",
+        "LRSchedule",
+        "ParamSchedule",
+        "EMA",
+        "BatchTransforms",
+        "UpdateMonitor",
+    ]
     assert logger.hparams["tricks"]["EMA"] == {"decay": 0.9}
     assert logger.hparams["tricks"]["BatchTransforms"]["transforms"][1] == "Mixup(alpha=0.5, per_sample=True)"

@@ -1,8 +1,26 @@
+import copy
 import logging
+import math
+import pickle
+import warnings
+from functools import partial
 
+import lightning as L
 import pytest
 import torch
-from kit import MemoryLogger, Net, ResumableLoader, TwoOptimizers, every_epoch, fit, loader, make_trainer
+from kit import (
+    Batches,
+    ByHand,
+    MemoryLogger,
+    Net,
+    ResumableLoader,
+    StopAfter,
+    TwoOptimizers,
+    every_epoch,
+    fit,
+    loader,
+    make_trainer,
+)
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     Callback,
@@ -11,8 +29,10 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.tuner import Tuner
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.optim import lr_scheduler as torch_schedulers
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 import lightning_tricks as lt
 
@@ -42,6 +62,9 @@ class Groups(Net):
     def configure_optimizers(self):
         groups = [{"params": self.head.parameters(), "lr": 0.1}, {"params": self.body.parameters(), "lr": 0.01}]
         return torch.optim.SGD(groups)
+
+
+ends_elsewhere = pytest.mark.filterwarnings("ignore:.*the schedule is for .* optimizer steps")
 
 
 def factors(schedule, steps):
@@ -98,6 +121,7 @@ def test_rate_that_is_a_tensor_stays_the_same_tensor():
     assert module.rate.item() == 0.0
 
 
+@ends_elsewhere
 def test_each_of_several_optimizers_counts_its_own_steps():
     rates = Rates()
     trainer, _ = fit([lt.LRSchedule(lt.Linear()), rates], TwoOptimizers())
@@ -122,15 +146,17 @@ def test_each_of_several_optimizers_counts_its_own_steps():
 def test_length_is_taken_from_the_run(options, length):
     trainer, _ = fit([lt.LRSchedule(lt.Linear())], **options)
     scheduler = trainer.lr_scheduler_configs[0].scheduler
-    assert (scheduler.total_steps, scheduler.last_epoch) == (length, length)
+    assert (scheduler.clock.total_steps, scheduler.last_epoch) == (length, length)
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
 
 
+@ends_elsewhere
 def test_length_that_was_given_wins():
     trainer, _ = fit([lt.LRSchedule(lt.Linear(), total_steps=24)])
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.025)
 
 
+@ends_elsewhere
 def test_constant_after_the_end():
     trainer, _ = fit([lt.LRSchedule(lt.Linear(end=0.25), total_steps=5)])
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.25)
@@ -145,10 +171,11 @@ def test_duration_in_steps_fraction_and_epochs_agree(duration):
 
 def test_epoch_of_accumulated_batches_is_its_optimizer_steps():
     trainer, _ = fit([lt.LRSchedule(lt.Warmup("1ep", lt.Constant()))], accumulate_grad_batches=4, max_epochs=2)
-    assert trainer.lr_scheduler_configs[0].scheduler.schedule == lt.Warmup(2, lt.Constant())
+    assert trainer.lr_scheduler_configs[0].scheduler.clock.schedule == lt.Warmup(2, lt.Constant())
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@ends_elsewhere
 def test_step_without_a_loss_does_not_count():
     class Sometimes(Net):
         def training_step(self, batch, batch_idx):
@@ -191,7 +218,10 @@ def test_resume_for_longer_stretches_the_schedule_and_says_so(tmp_path, caplog):
             max_epochs=4,
         )
     assert rates.first == pytest.approx([0.05 * (1 - k / 24) for k in range(12, 24)])
-    assert "had 12 optimizer steps, now it has 24; the schedule is stretched, and goes on at step 12" in caplog.text
+    assert (
+        "had 12 optimizer steps (6 an epoch), now it has 24 (6); the schedule is stretched and goes on at step 12"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(("options", "total"), [({"accumulate_grad_batches": 2}, 18), ({"limit_train_batches": 3}, 18)])
@@ -205,7 +235,7 @@ def test_resume_with_other_epochs_counts_what_is_left(options, total, tmp_path):
         **options,
     )
     scheduler = trainer.lr_scheduler_configs[0].scheduler
-    assert (scheduler.total_steps, scheduler.last_epoch) == (total, total)
+    assert (scheduler.clock.total_steps, scheduler.last_epoch) == (total, total)
 
 
 def test_resume_of_a_run_whose_epochs_had_changed_already(tmp_path):
@@ -233,9 +263,10 @@ def test_resume_in_the_middle_of_an_epoch_that_goes_on_otherwise(tmp_path):
         accumulate_grad_batches=2,
     )
     scheduler = trainer.lr_scheduler_configs[0].scheduler
-    assert (scheduler.total_steps, scheduler.last_epoch) == (8, 8)
+    assert (scheduler.clock.total_steps, scheduler.last_epoch) == (8, 8)
 
 
+@ends_elsewhere
 def test_fit_that_had_nothing_to_train_or_failed_early_loses_no_step():
     class FailsInSanityCheck(Net):
         fail = False
@@ -288,7 +319,7 @@ def test_resume_of_a_run_with_another_scheduler_is_refused(tmp_path):
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3)]
 
     fit([every_epoch(tmp_path)], Scheduled(), max_epochs=1)
-    with pytest.raises(ValueError, match="LRSchedule: checkpoint must be one of LRSchedule, got"):
+    with pytest.raises(ValueError, match="LRSchedule: checkpoint must be of a run under the same schedule, got"):
         fit([lt.LRSchedule(lt.Linear()), every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt")
 
 
@@ -318,10 +349,10 @@ def test_no_hook_stays_on_an_optimizer_of_the_users_own():
         assert not module.mine._optimizer_step_pre_hooks
 
 
-# ------------------------------------------------------------------------------------------------------------ refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 NAMES_TOTAL_STEPS = r"LRSchedule: total_steps must be given where the run does not tell it, got .*{}.* "
-NAMES_TOTAL_STEPS += r"Give LRSchedule\(schedule, total_steps=\.\.\.\)"
+NAMES_TOTAL_STEPS += r"Give LRSchedule\(\.\.\., total_steps=\.\.\.\)"
 
 
 def test_endless_training_asks_for_total_steps():
@@ -371,7 +402,7 @@ def test_scheduler_of_the_module_is_refused():
             optimizer = super().configure_optimizers()
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 3)]
 
-    with pytest.raises(ValueError, match=r"LRSchedule: schedulers must be the only one .* got \['StepLR'\]"):
+    with pytest.raises(ValueError, match=r"LRSchedule: schedulers must be the only one .* got .StepLR"):
         fit([lt.LRSchedule(lt.Linear())], Scheduled())
 
 
@@ -416,3 +447,745 @@ def test_length_of_a_run_is_asked_late_enough_for_a_loader_that_resumes():
     trainer.__class__ = Watched
     trainer.fit(Net(), loader(), loader(8))
     assert asked == [True]
+
+
+# ------------------------------------------------------------------------------------------------- what the run is told
+
+
+@pytest.fixture
+def told(caplog):
+    """What the schedules said so far."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    caplog.set_level(logging.INFO)
+    return lambda: [m for m in (r.getMessage() for r in caplog.records) if m.startswith("LRSchedule")]
+
+
+def test_a_line_before_the_first_step_says_what_the_schedule_does(told):
+    class Silent(Callback):
+        before = ()
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.before = self.before or told()
+
+    silent = Silent()
+    fit([lt.LRSchedule(lt.WarmupCosine(3, end=0.01)), silent])
+    line = "LRSchedule: WarmupCosine(warmup=3, end=0.01) over 12 optimizer steps: factor 0 at first, at most 1 (step 3)"
+    assert silent.before == told() == [f"{line}, 0.01 at the end."]
+
+
+def test_fast_dev_run_says_nothing_and_keeps_the_base_rates(told):
+    rates = Rates()
+    callback = lt.LRSchedule(lt.Linear(), scale_with_batch="linear", base_batch_size=1, prog_bar=True)
+    fit([callback, rates], fast_dev_run=3)
+    assert rates.first == [0.05] * 3
+    assert told() == []
+
+
+def end_warnings(callbacks, *args, **options):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(callbacks, *args, **options)
+    return [text for text in (str(w.message) for w in caught) if "the schedule is for" in text]
+
+
+def test_training_that_ended_early_is_warned_of_once():
+    assert end_warnings([lt.LRSchedule(lt.Linear()), StopAfter(1)]) == [
+        "LRSchedule: the schedule is for 12 optimizer steps, and training ended after 6: it had come to a factor of 0.5"
+        " instead of 0. Give total_steps= if this was to be the whole run."
+    ]
+
+
+def test_training_that_ended_late_is_warned_of_once():
+    assert end_warnings([lt.LRSchedule(lt.Linear(end=0.25), total_steps=5)]) == [
+        "LRSchedule: the schedule is for 5 optimizer steps, and training ended after 12: it stood at 0.25 for the last"
+        " 7 of them. Give total_steps= if this was to be the whole run."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        (lt.LRSchedule(lt.Linear()), {}),
+        (lt.LRSchedule(lt.Constant(0.5), total_steps=100), {}),  # it makes no difference
+        (lt.LRSchedule(lt.Linear(), total_steps=202), {"train": loader(400, 2, seed=1), "max_epochs": 1}),  # within 1 %
+        (lt.LRSchedule(lt.Linear(), total_steps=199), {"train": loader(400, 2, seed=1), "max_epochs": 1}),
+        (lt.LRSchedule(lt.Linear(), total_steps=100), {"fast_dev_run": True}),
+        (lt.LRSchedule(lt.Linear(), total_steps=100), {"max_epochs": 0}),
+        (lt.LRSchedule(lt.Linear(), total_steps=100), {"limit_train_batches": 0}),
+    ],
+)
+def test_end_that_is_no_surprise_is_not_warned_of(schedule, options):
+    assert end_warnings([schedule], **options) == []
+
+
+@pytest.mark.parametrize("place", ["train", "validation"])
+def test_training_that_failed_is_not_warned_of(place):
+    with pytest.raises(RuntimeError, match="failed in"):
+        fit([lt.LRSchedule(lt.Linear())], Net(fail_at=(place, 6)))
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 2}, {"max_epochs": 1, "total_steps": 4}])
+def test_end_is_not_warned_of_where_the_rest_of_the_schedule_is_flat(options):
+    """A warmup to a constant rate that was over: another length would have made no difference."""
+    schedule = lt.LRSchedule(lt.Warmup(3, lt.Constant()), total_steps=options.pop("total_steps", None))
+    assert end_warnings([schedule, StopAfter(1)], **options) == []
+
+
+# ------------------------------------------------------------------------------------ schedules that are looked through
+
+
+def bad(value):
+    return lambda step, total_steps: value if step == 7 else 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (math.nan, ValueError, "finite and at least 0 at step 7, got nan"),
+        (math.inf, ValueError, "finite and at least 0 at step 7, got inf"),
+        (-0.5, ValueError, "finite and at least 0 at step 7, got -0.5"),
+        (None, TypeError, "a function with a number at step 7, got None"),
+        ("1.0e", TypeError, "a function with a number at step 7, got '1.0e'"),
+        ([1.0], TypeError, r"a function with a number at step 7, got \[1.0\]"),
+    ],
+)
+def test_bad_factor_is_refused_before_the_first_step(value, error, message):
+    module = Net()
+    with pytest.raises(error, match=f"LRSchedule: schedule must be {message}"):
+        fit([lt.LRSchedule(bad(value))], module)
+    assert module.losses == []
+    with pytest.raises(error, match=f"LRSchedule: schedule must be {message}"):
+        lt.LRSchedule(bad(value)).preview(10)
+
+
+def double(step, total_steps):
+    return torch.tensor(2.0)
+
+
+@pytest.mark.parametrize("schedule", [double, partial(pow, 2, mod=None), lambda step, total_steps: 2])
+def test_function_is_a_schedule(schedule):
+    if isinstance(schedule, partial):
+        schedule = partial(lambda factor, step, total_steps: factor, 2)
+    rates, logger = Rates(), MemoryLogger()
+    fit([lt.LRSchedule(schedule), rates], logger=logger)
+    assert rates.first == [0.1] * 12
+    assert isinstance(logger.hparams["tricks"]["LRSchedule"]["schedule"], str)
+
+
+# ----------------------------------------------------------------------------------------------------- scale_with_batch
+
+
+@pytest.mark.parametrize(("mode", "scale"), [("linear", 3.0), ("sqrt", math.sqrt(3.0))])
+def test_rates_are_scaled_by_the_global_batch(mode, scale, told):
+    rates, logger = Rates(), MemoryLogger()
+    callback = lt.LRSchedule(lt.Linear(), scale_with_batch=mode, base_batch_size=4)
+    fit([callback, rates], Groups(), accumulate_grad_batches=3, logger=logger)
+    for batch, (groups,) in enumerate(rates.rates):
+        step = batch // 3
+        assert groups == pytest.approx([0.1 * scale * (1 - step / 4), 0.01 * scale * (1 - step / 4)])
+    assert told()[0] == (
+        "LRSchedule: a global batch of 12 = 4 x 3 x 1 (loader x accumulation x ranks) scales the rates by"
+        f" {scale:.4g} ({mode} from 4)."
+    )
+    settings = {"schedule": "Linear(start=1, end=0)", "total_steps": 4, "global_batch_size": 12, "batch_scale": scale}
+    assert logger.hparams["tricks"]["LRSchedule"] == settings
+
+
+def test_two_ranks_count_in_the_global_batch(tmp_path):
+    class SaveRates(Rates):
+        def on_train_end(self, trainer, pl_module):
+            torch.save((self.first, trainer.logger.hparams), tmp_path / f"{trainer.global_rank}.pt")
+
+    callback = lt.LRSchedule(lt.Linear(), scale_with_batch="linear", base_batch_size=4)
+    options = {"strategy": "ddp_fork", "devices": 2, "accumulate_grad_batches": 3, "logger": MemoryLogger()}
+    fit([callback, SaveRates()], **options)
+    for rank in (0, 1):
+        rates, hparams = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert rates == pytest.approx([0.05 * 6 * factor for factor in (1, 1, 1, 0.5, 0.5, 0.5)])
+        if rank == 0:
+            assert hparams["tricks"]["LRSchedule"]["global_batch_size"] == 24
+
+
+def test_batch_size_of_a_batch_sampler_is_found():
+    sampler = BatchSampler(SequentialSampler(loader().dataset), batch_size=4, drop_last=False)
+    rates = Rates()
+    callback = lt.LRSchedule(lt.Constant(), scale_with_batch="linear", base_batch_size=2)
+    fit([callback, rates], train=DataLoader(loader().dataset, batch_sampler=sampler))
+    assert rates.first == [0.1] * 12
+
+
+@pytest.mark.parametrize(
+    ("train", "got"),
+    [
+        (Batches(loader()), "Batches"),
+        (DataLoader(list(loader()), batch_size=None), "DataLoader"),
+        ({"a": loader(), "b": loader()}, "dict"),
+        ([loader(), loader()], "list"),
+    ],
+)
+def test_loader_without_one_batch_size_is_refused(train, got):
+    class Any(Net):
+        def training_step(self, batch, batch_idx):
+            raise AssertionError("never reached")
+
+    wanted = f"scale_with_batch must be None where the loader has no batch_size, got '{got}'. Leave it out and scale"
+    with pytest.raises(ValueError, match=wanted):
+        fit([lt.LRSchedule(lt.Linear(), scale_with_batch="linear")], Any(), train=train)
+
+
+def test_scale_of_an_accumulation_that_changes_is_refused():
+    callback = lt.LRSchedule(lt.Linear(), total_steps=9, scale_with_batch="linear")
+    with pytest.raises(ValueError, match="scale_with_batch must be None where the accumulation changes"):
+        fit([callback, GradientAccumulationScheduler({0: 1, 1: 2})])
+
+
+@pytest.mark.parametrize("arguments", [{"scale_with_batch": "quadratic"}, {"base_batch_size": 0}, {"optimizer": -1}])
+def test_argument_out_of_range_is_refused(arguments):
+    (name,) = arguments
+    with pytest.raises(ValueError, match=f"LRSchedule: {name} must be"):
+        lt.LRSchedule(lt.Linear(), **arguments)
+
+
+@pytest.mark.parametrize("name", ["on_new_horizon", "on_mismatch"])
+def test_choice_that_is_none_is_refused(name):
+    with pytest.raises(ValueError, match=f"LRSchedule: {name} must be one of .*, got 'ignore'"):
+        lt.LRSchedule(lt.Linear(), **{name: "ignore"})
+
+
+def test_resume_with_another_batch_scales_anew_and_says_so(tmp_path, told):
+    def scaled():
+        return lt.LRSchedule(lt.Linear(), scale_with_batch="linear", base_batch_size=4)
+
+    fit([scaled(), every_epoch(tmp_path)], max_epochs=2)
+    rates = Rates()
+    options = {"ckpt_path": tmp_path / "epoch=0.ckpt", "max_epochs": 2, "accumulate_grad_batches": 2}
+    fit([scaled(), rates, every_epoch(tmp_path / "rest")], **options)
+    # Six steps of one batch are done, three of two batches are left.
+    assert rates.first == pytest.approx([0.1 * (1 - k / 9) for k in (6, 6, 7, 7, 8, 8)])
+    assert "LRSchedule: the batch had scaled the rates by 1, now by 2." in told()
+
+
+# --------------------------------------------------------------------------------------------- one optimizer of several
+
+
+def each(first, second):
+    return [lt.LRSchedule(first, optimizer=0), lt.LRSchedule(second, total_steps=6, optimizer=1)]
+
+
+def rates_of_each(first, second):
+    """Loops of their own: the second optimizer steps every other batch."""
+    return [(0.1 * first(k, 12), 0.01 * second(k // 2, 6)) for k in range(12)]
+
+
+def test_each_optimizer_can_have_a_schedule_of_its_own():
+    rates, logger = Rates(), MemoryLogger()
+    fit([*each(lt.Linear(), lt.Cosine(0.1)), rates], TwoOptimizers(), logger=logger)
+    seen = [(first[0], second[0]) for first, second in rates.rates]
+    assert seen == rates_of_each(lt.Linear(), lt.Cosine(0.1))
+    first, second = logger.hparams["tricks"].values()
+    assert first == {"schedule": "Linear(start=1, end=0)", "total_steps": 12, "optimizer": 0}
+    assert second == {"schedule": "Cosine(end=0.1)", "total_steps": 6, "optimizer": 1}
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_two_schedules_resume_whatever_their_order(swapped, tmp_path):
+    fit([*each(lt.Linear(), lt.Cosine(0.1)), every_epoch(tmp_path)], TwoOptimizers())
+    rates, both = Rates(), each(lt.Linear(), lt.Cosine(0.1))
+    callbacks = [*(both[::-1] if swapped else both), rates, every_epoch(tmp_path / "rest")]
+    fit(callbacks, TwoOptimizers(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    seen = [(first[0], second[0]) for first, second in rates.rates]
+    assert seen == rates_of_each(lt.Linear(), lt.Cosine(0.1))[6:]
+
+
+def test_optimizer_that_is_not_chosen_keeps_its_rate():
+    rates = Rates()
+    fit([lt.LRSchedule(lt.Linear(), total_steps=6, optimizer=1), rates], TwoOptimizers())
+    assert [first[0] for first, _ in rates.rates] == [0.1] * 12
+    assert [second[0] for _, second in rates.rates] == [0.01 * (1 - k // 2 / 6) for k in range(12)]
+
+
+@pytest.mark.parametrize("others", [None, 0])
+def test_two_schedules_of_one_optimizer_are_refused(others):
+    callbacks = [lt.LRSchedule(lt.Linear(), optimizer=0), lt.LRSchedule(lt.Linear(), optimizer=others)]
+    with pytest.raises(ValueError, match="LRSchedule: callbacks must be the only one of its kind in a Trainer, got 2"):
+        fit(callbacks, TwoOptimizers())
+
+
+def test_index_without_an_optimizer_is_refused():
+    fix = r"configure_optimizers returned \['SGD', 'Adam'\]"
+    with pytest.raises(ValueError, match=f"LRSchedule: optimizer must be an index below 2, got 2. {fix}"):
+        fit([lt.LRSchedule(lt.Linear(), optimizer=2)], TwoOptimizers())
+
+
+@ends_elsewhere
+def test_schedule_of_one_optimizer_never_takes_up_the_steps_of_another(tmp_path):
+    """The checkpoint has the second optimizer's schedule alone; the resumed run has one for each."""
+    fit([lt.LRSchedule(lt.Linear(), optimizer=1), every_epoch(tmp_path)], TwoOptimizers())
+    trainer, _ = fit(
+        [*(lt.LRSchedule(lt.Linear(), optimizer=index) for index in (0, 1)), every_epoch(tmp_path / "rest")],
+        TwoOptimizers(),
+        ckpt_path=tmp_path / "epoch=0.ckpt",
+    )
+    assert trainer.lr_scheduler_configs[1].scheduler.last_epoch == 6  # three of three in each epoch
+
+
+# ----------------------------------------------------------------------------------- schedulers that the module returns
+
+
+class Scheduled(Net):
+    """A module with a scheduler of its own."""
+
+    def __init__(self, make, **options):
+        super().__init__(**options)
+        self.make = make
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = {"scheduler": self.make(optimizer), "interval": "step", "monitor": "val/loss"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+
+def changed_by_its_constructor(optimizer):
+    scheduler = torch_schedulers.LinearLR(optimizer, 0.1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.005)
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch_schedulers.StepLR(optimizer, 3),
+        changed_by_its_constructor,
+        lambda optimizer: torch_schedulers.LambdaLR(optimizer, lambda step: 0.1),
+        lambda optimizer: torch_schedulers.MultiplicativeLR(optimizer, lambda step: 0.1),
+        lambda optimizer: torch_schedulers.ReduceLROnPlateau(optimizer),
+        lambda optimizer: torch_schedulers.ChainedScheduler([torch_schedulers.ConstantLR(optimizer, 0.1)]),
+        lambda optimizer: torch_schedulers.SequentialLR(
+            optimizer, [torch_schedulers.LinearLR(optimizer, 0.1), torch_schedulers.StepLR(optimizer, 3)], [4]
+        ),
+    ],
+    ids=["StepLR", "LinearLR", "LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau", "ChainedScheduler", "SequentialLR"],
+)
+def test_scheduler_of_the_module_is_replaced_if_that_is_asked_for(make, told):
+    rates = Rates()
+    trainer, _ = fit([lt.LRSchedule(lt.Linear(), replace=True), rates], Scheduled(make))
+    assert rates.first == pytest.approx([0.05 * (1 - k / 12) for k in range(12)], abs=1e-15)
+    assert len(trainer.lr_scheduler_configs) == 1
+    assert told()[0].startswith("LRSchedule: it replaces ")
+    assert told()[0].endswith("), which the module returned.")
+
+
+def test_replaced_scheduler_is_replaced_in_a_resumed_run_too(tmp_path):
+    def run(rates, folder, **options):
+        module = Scheduled(changed_by_its_constructor)
+        fit([lt.LRSchedule(lt.Linear(), replace=True), rates, every_epoch(folder)], module, **options)
+
+    whole, rest = Rates(), Rates()
+    run(whole, tmp_path / "whole")
+    run(rest, tmp_path / "rest", ckpt_path=tmp_path / "whole" / "epoch=0.ckpt")
+    assert rest.rates == whole.rates[6:]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch_schedulers.OneCycleLR(optimizer, 0.05, total_steps=12),
+        lambda optimizer: torch_schedulers.CyclicLR(optimizer, 0.001, 0.05),
+    ],
+    ids=["OneCycleLR", "CyclicLR"],
+)
+def test_replacing_a_scheduler_that_has_lost_the_base_is_refused(make):
+    with pytest.raises(
+        ValueError, match="LRSchedule: replace must be beside schedulers that keep the optimizer.s own rate, got"
+    ):
+        fit([lt.LRSchedule(lt.Linear(), replace=True)], Scheduled(make))
+
+
+class ScheduledByHand(TwoOptimizers):
+    """Manual optimization whose schedulers are stepped by hand: the first in every batch, the second never."""
+
+    def configure_optimizers(self):
+        first, second = super().configure_optimizers()
+        return [first, second], [torch_schedulers.StepLR(optimizer, 3) for optimizer in (first, second)]
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        self.lr_schedulers()[0].step()
+
+
+def test_scheduler_of_another_optimizer_stays_and_is_stepped_by_the_module():
+    rates = Rates()
+    callback = lt.LRSchedule(lt.Linear(), total_steps=6, optimizer=1, replace=True)
+    fit([callback, rates], ScheduledByHand())
+    assert [first[0] for first, _ in rates.rates] == pytest.approx([0.1 * 0.1 ** (k // 3) for k in range(12)])
+    assert [second[0] for _, second in rates.rates] == [0.01 * (1 - k // 2 / 6) for k in range(12)]
+
+
+def test_replaced_scheduler_keeps_its_place_among_those_of_the_module():
+    """A module that steps by hand finds its schedulers by position."""
+    rates = Rates()
+    fit([lt.LRSchedule(lt.Linear(), optimizer=0, replace=True), rates], ScheduledByHand())
+    assert [first[0] for first, _ in rates.rates] == [0.1 * (1 - k / 12) for k in range(12)]
+    assert [second[0] for _, second in rates.rates] == [0.01] * 12  # the module never steps its scheduler
+
+
+@pytest.mark.parametrize("argument", [(), (3,)])
+def test_step_that_a_module_asks_for_by_hand_does_not_count_twice(argument):
+    class Stepped(ByHand):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch_schedulers.StepLR(optimizer, 3)]
+
+        def training_step(self, batch, batch_idx):
+            images, labels = batch
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(images), labels))
+            optimizer.step()
+            self.lr_schedulers().step(*argument)
+
+    rates = Rates()
+    fit([lt.LRSchedule(lt.Linear(), replace=True), rates], Stepped())
+    assert rates.first == [0.05 * (1 - k / 12) for k in range(12)]
+
+
+# ---------------------------------------------------------------------------- a run that is gone on with in another way
+
+
+def resumed_rates(tmp_path, schedule, first=None, callbacks=(), **options):
+    """Rates of a run that is gone on with from its first epoch's end."""
+    first = {"max_epochs": 2} if first is None else first
+    fit([schedule(), every_epoch(tmp_path / "first")], **first)
+    rates = Rates()
+    callbacks = [schedule(), rates, *callbacks, every_epoch(tmp_path / "rest")]
+    fit(callbacks, ckpt_path=tmp_path / "first" / "epoch=0.ckpt", **options)
+    return rates.first
+
+
+@ends_elsewhere
+@pytest.mark.parametrize("way", ["stretch", "keep"])
+def test_run_that_becomes_longer_is_stretched_or_keeps_its_length(way, tmp_path, told):
+    shape = lt.Warmup("1ep", lt.Cosine(0.1))
+    rates = resumed_rates(tmp_path, lambda: lt.LRSchedule(shape, on_new_horizon=way), max_epochs=4)
+    total = 24 if way == "stretch" else 12
+    assert rates == [0.05 * lt.Warmup(6, lt.Cosine(0.1))(k, total) for k in range(6, 24)]
+    what = "is stretched" if way == "stretch" else "keeps its length"
+    assert (
+        "LRSchedule: the run had 12 optimizer steps (6 an epoch), now it has 24 (6); the schedule"
+        f" {what} and goes on at step 6 (on_new_horizon='{way}')."
+    ) in told()
+
+
+@ends_elsewhere
+@pytest.mark.parametrize("way", ["stretch", "keep"])
+def test_run_whose_epochs_become_shorter_is_stretched_or_keeps_its_length(way, tmp_path):
+    """Six steps are done; the three epochs that are left have three steps each."""
+    rates = resumed_rates(
+        tmp_path,
+        lambda: lt.LRSchedule(lt.Warmup("2ep", lt.Linear()), on_new_horizon=way),
+        {"max_epochs": 4},
+        max_epochs=4,
+        limit_train_batches=3,
+    )
+    warmup, total = (6, 15) if way == "stretch" else (12, 24)
+    assert rates == [0.05 * lt.Warmup(warmup, lt.Linear())(k, total) for k in range(6, 15)]
+
+
+def test_run_that_keeps_its_length_keeps_the_length_of_its_epochs_too(tmp_path):
+    """`max_steps` is the same, the epochs are not: durations in epochs stay what they were."""
+    options = {"max_epochs": -1, "max_steps": 24}
+    rates = resumed_rates(
+        tmp_path,
+        lambda: lt.LRSchedule(lt.Warmup("2ep", lt.Linear()), on_new_horizon="keep"),
+        options,
+        limit_train_batches=3,
+        **options,
+    )
+    assert rates[:18] == [0.05 * lt.Warmup(12, lt.Linear())(k, 24) for k in range(6, 24)]
+
+
+@ends_elsewhere
+def test_length_that_was_kept_once_is_kept_again(tmp_path):
+    def schedule():
+        return lt.LRSchedule(lt.Linear(), on_new_horizon="keep")
+
+    fit([schedule(), every_epoch(tmp_path / "1")], max_epochs=3)
+    fit([schedule(), every_epoch(tmp_path / "2")], max_epochs=4, ckpt_path=tmp_path / "1" / "epoch=0.ckpt")
+    rates = Rates()
+    callbacks = [schedule(), rates, every_epoch(tmp_path / "3")]
+    fit(callbacks, max_epochs=5, ckpt_path=tmp_path / "2" / "epoch=1.ckpt")
+    assert rates.first == [0.05 * lt.Linear()(k, 18) for k in range(12, 30)]
+
+
+def test_second_fit_for_longer_is_stretched():
+    callback, rates = lt.LRSchedule(lt.Linear()), Rates()
+    trainer, module = fit([callback, rates])
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, loader(), loader(8))
+    assert rates.first[12:] == [0.05 * (1 - k / 24) for k in range(12, 24)]
+
+
+def test_checkpoint_of_another_schedule_is_refused_and_both_are_shown(tmp_path):
+    fit([lt.LRSchedule(lt.Warmup("1ep", lt.Linear())), every_epoch(tmp_path)])
+    module = Net()
+    old = r"Warmup\(duration='1ep', then=Linear\(start=1, end=0\), start=0, shape='linear'\)"
+    with pytest.raises(ValueError, match=rf"{old}.*\. This run has Cosine\(end=0\)\. .* on_mismatch='use_new'"):
+        fit([lt.LRSchedule(lt.Cosine()), every_epoch(tmp_path)], module, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert module.losses == []
+
+
+def test_checkpoint_of_another_schedule_is_gone_on_with_if_that_is_asked_for(tmp_path, told):
+    fit([lt.LRSchedule(lt.WarmupCosine(3)), every_epoch(tmp_path)])
+    rates = Rates()
+    callbacks = [lt.LRSchedule(lt.Linear(), on_mismatch="use_new"), rates, every_epoch(tmp_path / "rest")]
+    fit(callbacks, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert rates.first == [0.05 * (1 - k / 12) for k in range(6, 12)]
+    assert (
+        "LRSchedule: the checkpoint was trained under WarmupCosine(warmup=3, end=0); from here on it is"
+        " Linear(start=1, end=0)."
+    ) in told()
+
+
+def test_checkpoint_of_a_scheduler_of_torch_is_gone_on_with_from_the_true_base(tmp_path, told):
+    make = partial(torch_schedulers.StepLR, step_size=3)
+    fit([every_epoch(tmp_path)], Scheduled(make))
+    rates = Rates()
+    callbacks = [lt.LRSchedule(lt.Linear(), on_mismatch="use_new"), rates, every_epoch(tmp_path / "rest")]
+    fit(callbacks, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert rates.first == pytest.approx([0.05 * (1 - k / 12) for k in range(6, 12)])
+    assert any("the checkpoint was trained under a scheduler of torch with" in line for line in told())
+
+
+@pytest.mark.parametrize("way", ["refuse", "use_new"])
+def test_checkpoint_without_any_scheduler_is_gone_on_with(way, tmp_path, told):
+    fit([every_epoch(tmp_path)])
+    rates = Rates()
+    callbacks = [lt.LRSchedule(lt.Linear(), on_mismatch=way), rates, every_epoch(tmp_path / "rest")]
+    fit(callbacks, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert rates.first == [0.05 * (1 - k / 12) for k in range(6, 12)]
+    assert told()[0] == "LRSchedule: the run so far was trained without it; the schedule goes on at step 6."
+
+
+def test_equal_schedules_written_otherwise_are_the_same(tmp_path):
+    fit([lt.LRSchedule(lt.Join([lt.Constant(), lt.Linear()], [3])), every_epoch(tmp_path)])
+    again = lt.LRSchedule(lt.Join((lt.Constant(1.0), lt.Linear(1, 0)), (3,)))
+    fit([again, every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_run_that_was_saved_after_it_had_ended_goes_on(tmp_path):
+    trainer, _ = fit([lt.LRSchedule(lt.Linear(), on_new_horizon="stretch")])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    rates = Rates()
+    fit([lt.LRSchedule(lt.Linear()), rates], ckpt_path=tmp_path / "last.ckpt", max_epochs=4)
+    assert rates.first == [0.05 * (1 - k / 24) for k in range(12, 24)]
+
+
+# ------------------------------------------------------------------------------------------------ preview, bar, loggers
+
+
+def test_preview_before_in_and_after_a_run():
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(callback.preview())
+
+    callback = lt.LRSchedule(lt.WarmupCosine(3))
+    expected = [lt.WarmupCosine(3)(k, 12) for k in range(13)]
+    assert callback.preview(12) == expected
+    fit([callback, Look()])
+    assert seen == [expected] * 12
+    assert callback.preview() == expected
+    assert callback.preview(4) == [lt.WarmupCosine(3)(k, 4) for k in range(5)]
+    assert lt.LRSchedule(lt.WarmupCosine(3), total_steps=12).preview() == expected
+
+
+def test_preview_is_the_rates_of_the_run():
+    callback, rates = lt.LRSchedule(lt.OneCycle("1ep")), Rates()
+    fit([callback, rates])
+    assert rates.first == [0.05 * factor for factor in callback.preview(12, steps_per_epoch=6)[:-1]]
+
+
+@pytest.mark.parametrize("total_steps", [None, 0])
+def test_preview_asks_for_a_length(total_steps):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"LRSchedule.preview: total_steps must be .* preview\(total_steps"
+    ):
+        lt.LRSchedule(lt.Linear()).preview(total_steps)
+
+
+def test_preview_asks_for_the_length_of_an_epoch():
+    with pytest.raises(ValueError, match="Warmup: duration must be in steps .* got '1ep'"):
+        lt.LRSchedule(lt.Warmup("1ep", lt.Linear())).preview(12)
+
+
+def test_preview_after_a_fast_dev_run_has_the_length_that_was_given():
+    callback = lt.LRSchedule(lt.Linear(), total_steps=2)
+    fit([callback], fast_dev_run=True)
+    assert callback.preview() == [1.0, 0.5, 0.0]
+
+
+def test_progress_bar_has_the_rate_and_loggers_have_it_once():
+    logger = MemoryLogger()
+    trainer, _ = fit([lt.LRSchedule(lt.Linear(), prog_bar=True)], logger=logger)
+    assert trainer.progress_bar_metrics["lr-SGD"] == pytest.approx(0.05 / 12)  # at the start of the last batch
+    assert len(logger.series("lr-SGD")) == 12
+
+
+@ends_elsewhere
+def test_progress_bar_tells_optimizers_apart():
+    schedules = [lt.LRSchedule(lt.Linear(), optimizer=index, prog_bar=True) for index in (1, 0)]
+    trainer, _ = fit(schedules, TwoOptimizers())
+    assert trainer.progress_bar_metrics["lr-SGD"] == pytest.approx(0.1 / 12)
+    assert trainer.progress_bar_metrics["lr-Adam"] == pytest.approx(0.01 * 7 / 12)
+
+
+def rows_with(logger, key):
+    return [(step, row[key]) for step, row in logger.rows if key in row]
+
+
+@pytest.mark.parametrize("monitors", [[], [LearningRateMonitor()], [LearningRateMonitor("step")]])
+def test_every_logger_gets_the_rates_exactly_once(monitors):
+    first, second = MemoryLogger(), MemoryLogger()
+    fit([lt.LRSchedule(lt.Linear()), *monitors], logger=[first, second])
+    for logger in (first, second):
+        assert rows_with(logger, "lr-SGD") == [(k, 0.05 * (1 - k / 12)) for k in range(12)]
+
+
+def test_rates_are_logged_on_the_steps_that_lightning_logs():
+    logger = MemoryLogger()
+    fit([lt.LRSchedule(lt.Linear())], Groups(), logger=logger, log_every_n_steps=5)
+    for key, base in (("lr-SGD/pg1", 0.1), ("lr-SGD/pg2", 0.01)):
+        assert rows_with(logger, key) == [(k, pytest.approx(base * (1 - k / 12))) for k in (4, 9)]
+
+
+@ends_elsewhere
+def test_two_schedules_log_the_rates_of_each_optimizer_once():
+    logger = MemoryLogger()
+    fit([lt.LRSchedule(lt.Linear(), optimizer=index) for index in (0, 1)], TwoOptimizers(), logger=logger)
+    assert rows_with(logger, "lr-SGD") == [(k, 0.1 * (1 - k / 12)) for k in sorted(logger.series("lr-SGD"))]
+
+
+def test_rate_that_is_a_tensor_is_logged_as_a_number():
+    class TensorRate(Net):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.head.parameters(), lr=torch.tensor(0.1), foreach=False)
+
+    logger = MemoryLogger()
+    fit([lt.LRSchedule(lt.Linear())], TensorRate(), logger=logger)
+    assert [float(rate) for _, rate in rows_with(logger, "lr-Adam")] == pytest.approx(
+        [0.1 * (1 - k / 12) for k in range(12)]
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- corners
+
+
+def test_line_search_counts_one_step_however_often_it_evaluates():
+    class LineSearch(Net):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS([p for p in self.parameters() if p.requires_grad], lr=0.1, max_iter=3)
+
+    rates = Rates()
+    fit([lt.LRSchedule(lt.Linear()), rates], LineSearch())
+    assert rates.first == [0.1 * (1 - k / 12) for k in range(12)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"val_check_interval": 2},
+        {"gradient_clip_val": 0.1},
+        {"reload_dataloaders_every_n_epochs": 1},
+        {"max_time": "00:01:00:00"},
+        {"check_val_every_n_epoch": 2},
+        {"precision": "bf16-mixed"},
+        {"limit_val_batches": 0},
+    ],
+)
+def test_rates_are_the_same_under_other_options(options):
+    rates = Rates()
+    fit([lt.LRSchedule(lt.Linear(), prog_bar=True), rates], **options)
+    assert rates.first == [0.05 * (1 - k / 12) for k in range(12)]
+
+
+def test_training_by_time_alone_asks_for_total_steps():
+    with pytest.raises(ValueError, match=NAMES_TOTAL_STEPS.format("endless training")):
+        fit([lt.LRSchedule(lt.Linear())], max_epochs=None, max_time="00:01:00:00")
+
+
+def test_unsized_loader_with_max_steps_resumes(tmp_path):
+    options = {"max_epochs": -1, "max_steps": 18}
+    whole, rest = Rates(), Rates()
+    fit([lt.LRSchedule(lt.Linear()), whole, every_epoch(tmp_path)], train=DataLoader(Unsized(), 4), **options)
+    callbacks = [lt.LRSchedule(lt.Linear()), rest, every_epoch(tmp_path / "rest")]
+    fit(callbacks, train=DataLoader(Unsized(), 4), ckpt_path=tmp_path / "epoch=1.ckpt", **options)
+    assert whole.first == [0.05 * (1 - k / 18) for k in range(18)]
+    assert rest.first == whole.first[12:]
+
+
+@pytest.mark.filterwarnings("ignore:.*barebones")
+def test_barebones_trainer_trains_with_it():
+    trainer = L.Trainer(
+        barebones=True, max_epochs=1, accelerator="cpu", callbacks=[lt.LRSchedule(lt.Linear(), prog_bar=True)]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, of log() and of the loop that it leaves out
+        trainer.fit(Net(), loader())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+
+
+def test_stages_around_a_fit_change_nothing():
+    rates = Rates()
+    trainer, module = make_trainer([lt.LRSchedule(lt.Linear()), rates]), Net()
+    for stage in (trainer.validate, trainer.test):
+        stage(module, loader(8), verbose=False)
+    trainer.fit(module, loader(), loader(8))
+    for stage in (trainer.validate, trainer.test):
+        stage(module, loader(8), verbose=False)
+    assert rates.first == [0.05 * (1 - k / 12) for k in range(12)]
+
+
+def test_subclass_is_a_schedule_and_still_the_only_one():
+    class Ours(lt.LRSchedule):
+        def __init__(self, warmup):
+            super().__init__(lt.WarmupCosine(warmup))
+
+    rates, logger = Rates(), MemoryLogger()
+    fit([Ours(3), rates], logger=logger)
+    assert rates.first == [0.05 * lt.WarmupCosine(3)(k, 12) for k in range(12)]
+    assert list(logger.hparams["tricks"]) == ["Ours"]
+    with pytest.raises(ValueError, match="LRSchedule: callbacks must be the only one of its kind"):
+        fit([Ours(3), lt.LRSchedule(lt.Linear())])
+
+
+def test_copy_from_the_middle_of_a_run_starts_anew():
+    copies = []
+
+    class Copy(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            copies.extend([copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))])
+
+    callback = lt.LRSchedule(lt.Linear())
+    fit([callback, Copy()], max_epochs=1)
+    for twin in (copies[6], copies[7], callback):
+        rates = Rates()
+        fit([twin, rates])
+        assert rates.first == [0.05 * (1 - k / 12) for k in range(12)]
+
+
+def test_search_for_a_rate_is_not_disturbed():
+    """Lightning's finder owns the rate while it searches; the schedule has it afterwards."""
+
+    def search(callbacks):
+        trainer, module = make_trainer([*callbacks, rates], max_epochs=2), Net()
+        tuner = Tuner(trainer)
+        found = tuner.lr_find(module, loader(), loader(8), num_training=5, early_stop_threshold=None, update_attr=False)
+        rates.rates.clear()
+        trainer.fit(module, loader(), loader(8))
+        return found.results
+
+    rates = Rates()
+    expected = search([])
+    assert search([lt.LRSchedule(lt.Warmup(3, lt.Linear()))]) == expected
+    assert rates.first == [0.05 * lt.Warmup(3, lt.Linear())(k, 12) for k in range(12)]

@@ -1,0 +1,38 @@
+"""From a shell: `python -m lightning_tricks schedule "Warmup(0.05, Cosine())" --steps 10000 --png out.png`."""
+
+import argparse
+from collections.abc import Sequence
+
+from lightning_tricks.functional.schedules import SCHEDULES, parse
+from lightning_tricks.plots import plot_schedule, sample_schedule, text_picture
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; what is wrong with its arguments is said as argparse says it."""
+    parser = argparse.ArgumentParser(prog="python -m lightning_tricks")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    schedule = commands.add_parser("schedule", help="draw a schedule", description="Draw a schedule.")
+    schedule.add_argument("schedule", help=f"such as 'Warmup(0.05, Cosine())'; names are {', '.join(SCHEDULES)}")
+    schedule.add_argument("--steps", type=int, required=True, help="optimizer steps of the run")
+    schedule.add_argument("--steps-per-epoch", type=int, help="optimizer steps of an epoch, for durations as '3ep'")
+    schedule.add_argument("--png", help="picture to write; without it the terminal is drawn in")
+    given = parser.parse_args(arguments)
+    try:
+        draw(given.schedule, given.steps, given.steps_per_epoch, given.png)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        schedule.error(str(error))
+
+
+def draw(text: str, total_steps: int, steps_per_epoch: int | None, png: str | None) -> None:
+    """Draw the schedule that a text describes, in a file or in the terminal."""
+    schedule = parse(text)
+    if png is not None:
+        plot_schedule(schedule, total_steps, steps_per_epoch).savefig(png, format="png")
+        return
+    steps, factors = sample_schedule("schedule", schedule, total_steps, steps_per_epoch)
+    print(f"{schedule!r}, {total_steps} optimizer steps\n\n{text_picture(factors)}")
+    print(f"         {'step 0':<36}{f'step {steps[-1]}':>36}")
+
+
+if __name__ == "__main__":
+    main()

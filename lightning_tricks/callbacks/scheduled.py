@@ -1,0 +1,178 @@
+"""What LRSchedule and ParamSchedule share: when a clock begins, counts, is saved and ends."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_tricks.callbacks.clock import Clock, OnMismatch, OnNewHorizon
+from lightning_tricks.callbacks.param_groups import chosen_optimizers
+from lightning_tricks.callbacks.steps import after_real_steps, refuse_twins
+from lightning_tricks.functional.checks import check_count, check_flag
+from lightning_tricks.functional.schedules import Schedule, describe
+from lightning_tricks.loggers import log_scalars, log_settings
+
+KEY = "schedules"
+"""Where a checkpoint has the clocks, by the name of what is scheduled and the optimizer's place."""
+
+
+@dataclass
+class Target:
+    """An optimizer and the clock that counts its steps."""
+
+    optimizer: Optimizer
+    clock: Clock
+
+
+class Scheduled(Callback):
+    """A value that follows a schedule of the real steps of one optimizer or of all.
+
+    A subclass says what the value is: `apply` sets it, `values` reads it.
+
+    Args:
+        name: what is scheduled.
+        schedule, total_steps, optimizer, on_new_horizon, on_mismatch, prog_bar: as in `LRSchedule`.
+    """
+
+    owner: ClassVar[str]
+
+    def __init__(
+        self,
+        name: str,
+        schedule: Schedule,
+        total_steps: int | None,
+        optimizer: int | None,
+        on_new_horizon: OnNewHorizon,
+        on_mismatch: OnMismatch,
+        prog_bar: bool,
+    ) -> None:
+        Clock(self.owner, schedule, total_steps, on_new_horizon, on_mismatch)  # checks them
+        if optimizer is not None:
+            check_count(self.owner, "optimizer", optimizer, 0, "index", "None takes all")
+        check_flag(self.owner, "prog_bar", prog_bar, "True shows the value in the progress bar")
+        parts = [repr(name)] if name != "lr" else []
+        parts += [] if optimizer is None else [f"optimizer={optimizer}"]
+        label = f"{self.owner}({', '.join(parts)})" if parts else self.owner
+        self._clock = partial(Clock, label, schedule, total_steps, on_new_horizon, on_mismatch)
+        self.name, self.schedule, self.total_steps = name, schedule, total_steps
+        self.optimizer, self.prog_bar = optimizer, prog_bar
+        self._targets: dict[int, Target] = {}
+        self._handles: list[RemovableHandle] = []
+        self._loaded: dict[int, dict[str, Any]] = {}  # states of a checkpoint
+        self._last: dict[int, dict[str, Any]] = {}  # states at the end of the last fit
+
+    def apply(self, target: Target) -> None:
+        """Set the value in force at the clock's step."""
+        raise NotImplementedError
+
+    def values(self, trainer: pl.Trainer) -> dict[str, float]:
+        """The values in force, by their names in a log."""
+        raise NotImplementedError
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run's configuration shows."""
+        length = next((state["total_steps"] for state in self._states().values()), None) or self.total_steps
+        settings = {"schedule": describe(self.schedule), "total_steps": length}
+        return settings if self.optimizer is None else {**settings, "optimizer": self.optimizer}
+
+    # ------------------------------------------------------------------ when
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a second owner of the same value."""
+        refuse_twins(self, trainer, repr(self.name), self._is_rival)
+
+    def _is_rival(self, other: "Scheduled") -> bool:
+        apart = None not in (self.optimizer, other.optimizer) and self.optimizer != other.optimizer
+        return self.name == other.name and not apart
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the clocks, and let them go on from a checkpoint or from the fit before."""
+        chosen = chosen_optimizers(self.owner, trainer, self.optimizer)
+        self._targets = {place: Target(optimizer, self._clock()) for place, optimizer in chosen.items()}
+        states = self._loaded or (self._last if trainer.global_step > 0 else {})
+        for place in self._targets.keys() & states.keys():
+            self._targets[place].clock.load_state_dict(states[place])
+        self._loaded = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the length from the run, set the values of the first step, and count real steps from here."""
+        for target in self._targets.values():
+            target.clock.begin(trainer)
+            self.apply(target)
+            self._handles += after_real_steps(self.owner, [target.optimizer], partial(self._advance, target))
+        log_settings(self, trainer)
+
+    def _advance(self, target: Target, optimizer: Optimizer) -> None:
+        target.clock.step += 1
+        self.apply(target)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the values that the batch is trained with."""
+        if trainer._logger_connector.should_update_logs and trainer.loggers and self.logs(trainer):
+            log_scalars(trainer, self.values(trainer))
+        if self.prog_bar:
+            pl_module.log_dict(self.values(trainer), prog_bar=True, logger=False)
+
+    def logs(self, trainer: pl.Trainer) -> bool:
+        """Whether the values are for this callback to log."""
+        return True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop counting, and compare the schedule's end with the training's."""
+        self._stop()
+        for target in self._targets.values():
+            target.clock.end()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let go of the optimizers, after every other callback has ended its training."""
+        self.release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Undo all that was done."""
+        self.release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Undo all that was done."""
+        self.release()
+
+    def release(self) -> None:
+        """Stop counting and let go of the optimizers; a second time does nothing."""
+        self._stop()
+        self._last = self._states()
+        self._targets = {}
+
+    def _stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # ------------------------------------------------------------------ saved
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save in the checkpoint's own keys: Lightning refuses two callbacks of one class before they can say why."""
+        checkpoint.setdefault(KEY, {}).setdefault(self.name, {}).update(self._states())
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take up the clocks of a checkpoint, if it has any, and forget an earlier fit."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._loaded, self._last = checkpoint.get(KEY, {}).get(self.name, {}), {}
+
+    def _states(self) -> dict[int, dict[str, Any]]:
+        """The clocks' states, while they run and afterwards."""
+        running = {place: target.clock.state_dict() for place, target in self._targets.items()}
+        return running or self._last
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_targets": {}, "_handles": []}
