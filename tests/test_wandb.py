@@ -33,6 +33,33 @@ def test_rows_and_settings_are_those_of_the_callbacks(logger, tmp_path):
     assert config["tricks"]["LRSchedule"] == {"schedule": "WarmupCosine(warmup=0.25, end=0)", "total_steps": 12}
 
 
+def test_scheduled_values_are_in_the_run(logger, tmp_path):
+    callbacks = [
+        lt.LRSchedule(lt.WarmupCosine(0.25), scale_with_batch="linear", base_batch_size=8),
+        lt.ParamSchedule("weight_decay", lt.Linear()),
+        lt.ParamSchedule("body.2.momentum", lt.Cosine(0.5)),
+    ]
+    fit(callbacks, logger=logger, max_epochs=2)
+    logger.experiment.finish()
+    (run,) = runs(tmp_path)
+    rows, config = read_run(run)
+    for key, base, schedule in (
+        ("lr-SGD", 0.05 / 2, lt.WarmupCosine(0.25)),
+        ("weight_decay", 1e-3, lt.Linear()),
+        ("body.2.momentum", 0.1, lt.Cosine(0.5)),
+    ):
+        got = {row["trainer/global_step"]: row[key] for row in rows if key in row}
+        assert got == pytest.approx({step: base * schedule(step, 12) for step in range(12)}, abs=1e-15)
+    assert config["tricks"]["LRSchedule"] == {
+        "schedule": "WarmupCosine(warmup=0.25, end=0)",
+        "total_steps": 12,
+        "global_batch_size": 4,
+        "batch_scale": 0.5,
+    }
+    assert config["tricks"]["ParamSchedule"]["name"] == "weight_decay"
+    assert config["tricks"]["ParamSchedule-2"]["name"] == "body.2.momentum"
+
+
 def test_two_batch_transforms_are_numbered_in_the_settings():
     memory = MemoryLogger()
     fit([lt.BatchTransforms([lt.Cutout(1)]), lt.BatchTransforms([lt.Mixup(0.2)])], logger=memory, max_epochs=1)

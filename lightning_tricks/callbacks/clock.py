@@ -57,7 +57,7 @@ class Clock:
         # Between two training steps the caches are cold: factors ahead cost a fifth when they are computed together. A
         # user's own function may look at a clock.
         self._ahead: list[float] = []
-        self._begin, self._block = 0, 256 if type(schedule).__name__ in SCHEDULES else 1
+        self._begin, self._block = 0, 256 if type(schedule) in SCHEDULES.values() else 1
         self.restored = self.kept = False
 
     @property
@@ -99,11 +99,11 @@ class Clock:
     ) -> tuple[int, int | None, Schedule]:
         """The lengths to go on with, the old ones or the new, and the schedule for them; says which if they differ."""
         assert self.total_steps is not None
-        # An explicit length is what the user wants now.
-        self.kept = self.on_new_horizon == "keep" and self.given_steps is None
         same_epochs = steps_per_epoch == self.steps_per_epoch or schedule is self.given
         if total_steps == self.total_steps and same_epochs:
             return total_steps, steps_per_epoch, schedule
+        # An explicit length is what the user wants now.
+        self.kept = self.on_new_horizon == "keep" and self.given_steps is None
         self._say(
             f"the run had {self.total_steps} optimizer steps ({self.steps_per_epoch} an epoch), now it has"
             f" {total_steps} ({steps_per_epoch}); the schedule {'keeps its length' if self.kept else 'is stretched'}"
