@@ -48,7 +48,7 @@ class LRCurve:
         >>> lrs = tuple(0.001 * 2**i for i in range(16))
         >>> curve = LRCurve(lrs, (3.0,) * 11 + (2.0, 1.0, 1.0, 9.0, 999.0), base_lr=0.01, reason="diverged")
         >>> f"{curve.suggestion:.2g}, {curve.factor:.2g} times the base rate"
-        '1.7, 1.7e+02 times the base rate'
+        '1, 1e+02 times the base rate'
     """
 
     lrs: tuple[float, ...]
@@ -199,7 +199,9 @@ def _refuse(trainer: Any, model: pl.LightningModule, loaders: Any) -> None:
             fix = "Call find_lr(trainer, module, loader)"
             raise TypeError(message("find_lr", name, f"a {kind.__name__}", type(item).__name__, fix))
     if trainer.state.status == TrainerStatus.RUNNING:
-        raise ValueError(message("find_lr", "trainer", "at rest", "a running fit", "Call it before trainer.fit"))
+        raise ValueError(
+            message("find_lr", "trainer", "at rest", f"in {trainer.state.fn.value}", "Call it before trainer.fit")
+        )
     if trainer.fast_dev_run:
         raise ValueError(message("find_lr", "fast_dev_run", "off", trainer.fast_dev_run, "Leave it out for this test"))
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):

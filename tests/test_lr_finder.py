@@ -11,10 +11,11 @@ import torchmetrics
 from kit import MemoryLogger, Net, ResumableLoader, TwoOptimizers, assert_same, data, loader, make_trainer
 from kit import plugin_that_skips as skipping
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_tricks.functional.range_test import heights, smooth
+from lightning_tricks.functional.range_test import heights
 from lightning_tricks.lr_finder import LRCurve, find_lr
 
 
@@ -296,7 +297,7 @@ def test_no_callback_logger_or_validation_runs():
     module, watcher, logger = WithCallback(), Watcher(), MemoryLogger()
     module.watcher = watcher
     module.validation_step = None
-    find_lr(trainer([watcher], logger=logger), module, loader(), num_steps=10)
+    find_lr(trainer([watcher], logger=logger), module, loader(), num_steps=20)
     assert (watcher.calls, logger.rows, logger.hparams) == ([], [], {})
 
 
@@ -382,8 +383,8 @@ rates: list = []
 
 def test_several_optimizers_by_hand_keep_their_ratio():
     rates.clear()
-    curve = find_lr(trainer(), ReturnsLoss(), loader(), max_lr=0.01, num_steps=12)
-    assert (len(curve.losses), curve.base_lr) == (12, 0.1)
+    curve = find_lr(trainer(), ReturnsLoss(), loader(), max_lr=0.01, num_steps=20)
+    assert (len(curve.losses), curve.base_lr) == (20, 0.1)
     assert [first for first, _ in rates] == pytest.approx(curve.lrs)
     assert [second for _, second in rates][1::2] == pytest.approx([lr / 10 for lr in curve.lrs[1::2]])
 
@@ -402,8 +403,8 @@ def test_steps_that_a_scaler_skips_do_not_count():
 
 
 def test_a_scaler_that_skips_all_ends_in_an_error():
-    with pytest.raises(ValueError, match="steps must be real at least once in num_steps, got 10. A GradScaler"):
-        find_lr(trainer(plugins=[skipping(2.0**100)]), Net(), loader(), num_steps=10)
+    with pytest.raises(ValueError, match="steps must be real at least once in num_steps, got 20. A GradScaler"):
+        find_lr(trainer(plugins=[skipping(2.0**100)]), Net(), loader(), num_steps=20)
 
 
 class Returns(Net):
@@ -427,23 +428,69 @@ def test_it_stops_where_the_loss_blows_up_or_is_not_finite():
         assert (curve.reason, curve.losses) == ("not finite", (3.0,) * 30)
 
 
+class Root(L.LightningModule):
+    """Its loss is NaN as soon as a step has gone too far."""
+
+    def __init__(self):
+        super().__init__()
+        self.point = nn.Parameter(torch.ones(3))
+
+    def training_step(self, batch, batch_idx):
+        return self.point.sqrt().sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+def test_a_loss_that_training_makes_nan_stops():
+    curve = find_lr(trainer(), Root(), [0])
+    assert curve.reason == "not finite"
+    assert all(map(math.isfinite, curve.losses))
+    assert curve.lrs[0] < curve.suggestion < curve.lrs[-1] < 100
+    assert len(curve.lrs) == len(curve.losses) < 100
+
+
+@pytest.mark.parametrize("stop_ratio", [1.5, 4.0, 20.0])
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_it_stops_at_stop_ratio_times_the_best_average(stop_ratio, noise):
+    generator = torch.Generator().manual_seed(0)
+    shape = [3 - 0.02 * min(i, 40) + 0.01 * 1.5 ** max(i - 40, 0) for i in range(100)]
+    values = (torch.tensor(shape) + noise * torch.randn(100, generator=generator)).tolist()
+    average, averages = 0.0, []
+    for i, value in enumerate(values):
+        average = 0.95 * average + 0.05 * value
+        averages.append(average / (1 - 0.95 ** (i + 1)))
+        jumps = np.sort(np.abs(np.diff(values[: i + 1])))
+        if i >= 10 and averages[-1] > stop_ratio * min(averages[10:]) + 4 * jumps[i // 2] * math.sqrt(0.05 / 1.95):
+            break
+    curve = find_lr(trainer(), Returns(values.__getitem__), loader(), stop_ratio=stop_ratio)
+    assert (curve.reason, curve.losses) == ("diverged", tuple(values[: i + 1]))
+    assert 40 < i < 99
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 12, 20, 28, 31, 38])
+def test_the_noise_of_batches_of_one_does_not_end_it(seed):
+    torch.manual_seed(seed)
+    curve = find_lr(trainer(), BoringModel())
+    assert 1e-3 < curve.suggestion < 0.2
+
+
 def test_a_negative_loss_stops_where_it_has_lost_more_than_it_gained():
     curve = find_lr(trainer(), Returns(lambda i: -1.0 - i / 10 if i < 50 else i * 1.0), loader())
-    above = heights(smooth(curve.losses))
     assert curve.reason == "diverged"
-    assert above[-1] > 3 >= max(heights(smooth(curve.losses[:-1])))
+    assert heights(curve.losses)[-1] > 3 >= max(heights(curve.losses[:-1]))
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 def test_a_batch_without_a_loss_takes_no_step():
-    curve = find_lr(trainer(), Returns(lambda i: None if i % 3 else 90.0 - i), loader(), num_steps=10)
-    assert curve.losses == tuple(90.0 - i for i in range(0, 30, 3))
+    curve = find_lr(trainer(), Returns(lambda i: None if i % 3 else 90.0 - i), loader(), num_steps=20)
+    assert curve.losses == tuple(90.0 - i for i in range(0, 60, 3))
 
 
 def test_ranks_stop_together():
     outer = trainer()
     outer.strategy.reduce = lambda tensor, reduce_op: tensor * 0 + 7.0
-    assert set(find_lr(outer, Net(), loader(), max_lr=1e-3, num_steps=10).losses) == {7.0}
+    assert set(find_lr(outer, Net(), loader(), max_lr=1e-3, num_steps=20).losses) == {7.0}
 
 
 # ---------------------------------------------------------------- refusals
@@ -463,7 +510,7 @@ class Lazy(Net):
         ({"min_lr": math.nan}, ValueError, "min_lr must be above 0"),
         ({"min_lr": 1.0, "max_lr": 1.0}, ValueError, "max_lr must be above min_lr=1"),
         ({"max_lr": math.inf}, ValueError, "max_lr must be above min_lr=1e-07"),
-        ({"num_steps": 9}, ValueError, "num_steps must be a whole number of at least 10"),
+        ({"num_steps": 19}, ValueError, "num_steps must be a whole number of at least 20"),
         ({"num_steps": 20.0}, TypeError, "num_steps must be a whole number"),
         ({"stop_ratio": 1}, ValueError, "stop_ratio must be above 1"),
         ({"train_dataloaders": iter([0])}, TypeError, "train_dataloaders must be iterable more than once"),
@@ -498,6 +545,30 @@ def test_a_trainer_it_cannot_use_is_refused(options, reason):
         find_lr(trainer(**options), Net(), loader())
 
 
+class CallsIt(Callback):
+    """Looks for a rate when the fit has begun, as a scheduler might."""
+
+    def __init__(self):
+        self.error = None
+
+    def on_train_start(self, trainer, pl_module):
+        try:
+            find_lr(trainer, pl_module, loader())
+        except ValueError as error:
+            self.error = error
+
+
+def test_a_running_fit_is_refused_and_goes_on_unharmed():
+    inside, plain, called = CallsIt(), Net(), Net()
+    trainer().fit(plain, loader(), loader(8))
+    outer = trainer([inside])
+    outer.fit(called, loader(), loader(8))
+    assert str(inside.error) == "find_lr: trainer must be at rest, got 'in fit'. Call it before trainer.fit."
+    assert_same(called.state_dict(), plain.state_dict())
+    assert (called.losses, outer.global_step, outer.current_epoch) == (plain.losses, 12, 2)
+    assert len(find_lr(outer, called, loader(), max_lr=1e-3, num_steps=20).losses) == 20  # it is over
+
+
 def test_data_that_end_are_refused():
     class Once(torch.utils.data.IterableDataset):
         source = iter(data())
@@ -512,10 +583,10 @@ def test_data_that_end_are_refused():
 def test_a_curve_that_ends_too_soon_says_so():
     short = LRCurve((1.0, 2.0), (1.0, 9.0), 1.0, "diverged")
     for name in ("suggestion", "steepest", "valley", "factor"):
-        with pytest.raises(ValueError, match=r"at least 5 \(steps\), got 2. The loss blew up at the first rates"):
+        with pytest.raises(ValueError, match=r"at least 12 \(steps\), got 2. The loss blew up at the first rates"):
             getattr(short, name)
     with pytest.raises(ValueError, match="suggestion must be at least min_lr=1, got .*lower min_lr"):
-        _ = LRCurve((1.0, 2.0, 3.0, 4.0, 5.0), (1.0, 1.0, 1.0, 1.0, 99.0), 1.0, "diverged").suggestion
+        _ = LRCurve(tuple(map(float, range(1, 13))), (1.0,) * 11 + (99.0,), 1.0, "diverged").suggestion
 
 
 def test_plot(tmp_path, monkeypatch):
@@ -527,3 +598,13 @@ def test_plot(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "lightning-tricks\[plots\]"'):
         curve.plot()
+
+
+def test_plot_of_a_curve_without_a_suggestion_leaves_out_the_line():
+    good = LRCurve(tuple(2.0**i for i in range(13)), (3.0,) * 12 + (999.0,), 1.0, "diverged")
+    assert [line.get_label() for line in good.plot().lines] == ["loss", "smoothed", f"suggestion {good.suggestion:.2g}"]
+    for losses in ((1.0,), (1.0, 9.0), (1.0,) * 11 + (99.0,)):  # too short, and below the first rate
+        axes = LRCurve(tuple(map(float, range(1, len(losses) + 1))), losses, 1.0, "diverged").plot()
+        assert [line.get_label() for line in axes.lines] == ["loss", "smoothed"]
+        assert tuple(axes.lines[0].get_ydata()) == losses
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["loss", "smoothed"]

@@ -128,7 +128,7 @@ def valley(lrs: Sequence[float], smoothed: Sequence[float]) -> float:
 def below_blow_up(lrs: Sequence[float], losses: Sequence[float], diverged: bool) -> float:
     """A rate safely below the one at which the loss blew up.
 
-        min(lrs[-1] / (8 * sqrt(growth)), lrs[v] / 4, 3 * lrs[h])
+        min(lrs[-1] / (8 * sqrt(growth)), lrs[v] / 8, 2 * lrs[h])
         growth = ((1 + heights[-1]) / (1 + heights[v])) ** (1 / (steps since v))
 
     `v` is the last step with a height of at most 0.2, `h` the last one before the best at which the smoothed loss was
@@ -150,7 +150,7 @@ def below_blow_up(lrs: Sequence[float], losses: Sequence[float], diverged: bool)
     Example:
         >>> lrs = [0.001 * 2**i for i in range(16)]
         >>> round(below_blow_up(lrs, [3.0] * 11 + [2.0, 1.0, 1.0, 9.0, 999.0], diverged=True), 2)
-        1.67
+        1.02
     """
     above, smoothed = heights(losses), smooth(losses)
     last = len(above) - 1
@@ -162,7 +162,9 @@ def below_blow_up(lrs: Sequence[float], losses: Sequence[float], diverged: bool)
     begin = min(BURN_IN, last)
     best = min(range(begin, last + 1), key=smoothed.__getitem__)
     fall = smoothed[begin] - smoothed[best]
-    if fall <= NOISE * spread(losses):
-        return min(first, lrs[low] / 4)
+    # After the burn-in the average is still one of few losses: it varies by more than a settled one.
+    early = math.sqrt((1 + DECAY ** (begin + 1)) / (1 - DECAY ** (begin + 1)))
+    if fall <= max(NOISE * early * spread(losses), 1e-9 * abs(smoothed[best])):
+        return min(first, lrs[low] / MARGIN)
     half = max(i for i in range(begin, best) if smoothed[i] > smoothed[best] + fall / 2)
-    return min(first, lrs[low] / 4, 3 * lrs[half])
+    return min(first, lrs[low] / MARGIN, 2 * lrs[half])

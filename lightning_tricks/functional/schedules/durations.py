@@ -1,6 +1,7 @@
 """What every schedule is made of: stretches of training, factors, and the ways from one factor to another."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
@@ -113,6 +114,7 @@ def snap(number: float) -> float:
     return nearest if abs(number - nearest) <= 1e-12 * abs(number) else number
 
 
+@functools.lru_cache(typed=True)  # a run asks for the same one at every step
 def duration_in_steps(owner: str, name: str, duration: Duration, total_steps: float) -> float:
     """Length in steps of a stretch of a run of `total_steps`, which it must fit in.
 
@@ -136,7 +138,8 @@ def duration_in_steps(owner: str, name: str, duration: Duration, total_steps: fl
     return min(steps, total_steps)
 
 
-def milestones_in_steps(owner: str, milestones: Sequence[Duration], total_steps: float) -> list[float]:
+@functools.lru_cache(typed=True)
+def milestones_in_steps(owner: str, milestones: tuple[Duration, ...], total_steps: float) -> tuple[float, ...]:
     """Milestones in steps, in their order.
 
     Args:
@@ -149,11 +152,11 @@ def milestones_in_steps(owner: str, milestones: Sequence[Duration], total_steps:
         ValueError: a milestone beyond the run, or not above the one before it.
     Example:
         >>> milestones_in_steps("Steps", (30, 0.6), 100)
-        [30, 60]
+        (30, 60)
     """
-    steps = [duration_in_steps(owner, "milestones", milestone, total_steps) for milestone in milestones]
+    steps = tuple(duration_in_steps(owner, "milestones", milestone, total_steps) for milestone in milestones)
     if total_steps and any(later <= earlier for earlier, later in itertools.pairwise(steps)):
-        fix = f"Sort them; in a run of {total_steps:.12g} steps they are at {steps}"
+        fix = f"Sort them; in a run of {total_steps:.12g} steps they are at {list(steps)}"
         raise ValueError(message(owner, "milestones", "each later than the one before it", milestones, fix))
     return steps
 

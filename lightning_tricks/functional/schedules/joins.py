@@ -168,7 +168,7 @@ class Join:
 
     def __call__(self, step: float, total_steps: float) -> float:
         progress("Join", step, total_steps)
-        bounds = [0, *milestones_in_steps("Join", self.milestones, total_steps), total_steps]
+        bounds = [0, *milestones_in_steps("Join", tuple(self.milestones), total_steps), total_steps]
         index = bisect.bisect_right(bounds, step + 1e-12 * total_steps, 1, len(bounds) - 1) - 1
         return self.schedules[index](max(step - bounds[index], 0), bounds[index + 1] - bounds[index])
 

@@ -197,7 +197,7 @@ class Steps:
 
     def __call__(self, step: float, total_steps: float) -> float:
         progress("Steps", step, total_steps)
-        milestones = milestones_in_steps("Steps", self.milestones, total_steps)
+        milestones = milestones_in_steps("Steps", tuple(self.milestones), total_steps)
         return float(self.gamma ** bisect.bisect_right(milestones, step + 1e-12 * total_steps))
 
 
