@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_tricks.functional.checks import check_count
-from lightning_tricks.functional.schedules import Schedule, check_schedule, describe, resolve_epochs
+from lightning_tricks.functional.schedules import Schedule, check_schedule, describe, resolve_epochs, survey
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,9 +65,8 @@ def sample_schedule(
     if steps_per_epoch is not None:
         check_count(owner, "steps_per_epoch", steps_per_epoch, 1, "optimizer steps", "None where no duration needs it")
     resolved = resolve_epochs(schedule, math.inf if steps_per_epoch is None else steps_per_epoch)
-    count = min(total_steps, POINTS)
-    steps = [total_steps * index // count for index in range(count + 1)]
-    return steps, [float(resolved(step, total_steps)) for step in steps]
+    seen = survey(owner, resolved, total_steps, POINTS)
+    return [step for step, _ in seen], [factor for _, factor in seen]
 
 
 def new_axes(owner: str) -> "Axes":

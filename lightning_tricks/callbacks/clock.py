@@ -9,9 +9,9 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_tricks.functional.checks import check_count, message
-from lightning_tricks.functional.schedules import SCHEDULES, Schedule, check_schedule, describe, resolve_epochs
+from lightning_tricks.functional.schedules import Schedule, check_schedule, describe, is_ours, resolve_epochs, survey
 
-STATE = ("step", "total_steps", "steps_per_epoch", "extra_steps", "scale", "schedule")
+STATE = ("step", "total_steps", "steps_per_epoch", "scale", "schedule")
 OnNewHorizon = Literal["stretch", "keep"]
 OnMismatch = Literal["refuse", "use_new"]
 
@@ -51,14 +51,14 @@ class Clock:
         self.step = 0
         self.total_steps: int | None = None
         self.steps_per_epoch: int | None = None
-        self.extra_steps = 0  # what earlier epochs had more than epochs of this length
         self.scale = 1.0  # what the batch multiplies every factor by
         self.highest = 1.0
         # Between two training steps the caches are cold: factors ahead cost a fifth when they are computed together. A
         # user's own function may look at a clock.
         self._ahead: list[float] = []
-        self._begin, self._block = 0, 256 if type(schedule) in SCHEDULES.values() else 1
-        self.restored = self.kept = False
+        self._begin, self._block = 0, 256 if is_ours(schedule) else 1
+        self._guess: tuple[int, int | None] | None = None  # step and epoch length at the beginning, where it is one
+        self.restored = self.kept = self.told = False
 
     @property
     def factor(self) -> float:
@@ -68,7 +68,7 @@ class Clock:
         place = self.step - self._begin
         if not 0 <= place < len(self._ahead):
             place, self._begin = 0, self.step
-            steps = range(self.step, self.step + self._block)
+            steps = range(self.step, max(min(self.step + self._block, self.total_steps), self.step) + 1)
             self._ahead = [float(self.schedule(step, self.total_steps)) for step in steps]
         return self._ahead[place] * self.scale
 
@@ -81,7 +81,7 @@ class Clock:
             share = "" if len(trainer.optimizers) == 1 else ", if all optimizers have done as many"
             self._say(f"the run so far was trained without it; the schedule goes on at step {self.step}{share}.")
         steps_per_epoch = epoch_length(trainer)
-        total_steps = self._length(trainer, steps_per_epoch)
+        total_steps = run_length(self.owner, trainer) if self.given_steps is None else self.given_steps
         schedule = self._resolve(steps_per_epoch)
         if self.restored and self.total_steps is not None:
             total_steps, steps_per_epoch, schedule = self._meet_horizon(total_steps, steps_per_epoch, schedule)
@@ -89,9 +89,13 @@ class Clock:
         self.highest = max(factor for _, factor in seen)
         self.schedule, self.total_steps, self.steps_per_epoch = schedule, total_steps, steps_per_epoch
         step = next(step for step, factor in seen if factor == self.highest)
+        self._guess = None
+        if self.given_steps is None and not trainer.lightning_module.automatic_optimization:
+            self._guess = (self.step, steps_per_epoch)
+        assumed = "" if self._guess is None else " (one for each batch is assumed)"
         self._say(
-            f"{describe(self.given)} over {total_steps} optimizer steps: factor {seen[0][1]:.4g} at first, at most"
-            f" {self.highest:.4g} (step {step}), {seen[-1][1]:.4g} at the end."
+            f"{describe(self.given)} over {total_steps} optimizer steps{assumed}: factor {seen[0][1]:.4g} at first, at"
+            f" most {self.highest:.4g} (step {step}), {seen[-1][1]:.4g} at the end."
         )
 
     def _meet_horizon(
@@ -113,21 +117,36 @@ class Clock:
             return total_steps, steps_per_epoch, schedule
         return self.total_steps, self.steps_per_epoch, self._resolve(self.steps_per_epoch)
 
-    def end(self) -> None:
+    def end_epoch(self) -> None:
+        """Warn once if the first epoch by hand had not the steps that were assumed."""
+        if self._guess is None or self._guess[1] is None:
+            return
+        done, assumed = self.step - self._guess[0], self._guess[1]
+        self._guess = None
+        if abs(done - assumed) > 0.01 * assumed:
+            self.told = True
+            rank_zero_warn(
+                f"{self.owner}: an epoch by hand has {done} optimizer steps, and the schedule assumes {assumed}, one"
+                " for each batch. Give total_steps=."
+            )
+
+    def end(self, asked_to_stop: bool) -> None:
         """Warn if the training was more than 1 % shorter or longer than the schedule, and that made a difference."""
-        if self.schedule is None or self.total_steps is None or self.kept:
+        if self.schedule is None or self.total_steps is None or self.kept or self.told:
             return
         if abs(self.step - self.total_steps) <= 0.01 * self.total_steps or self._makes_no_difference():
             return
         last = self.schedule(self.step, self.total_steps)
+        fix = "Give total_steps= if this was to be the whole run."
         if self.step < self.total_steps:
             end = self.schedule(self.total_steps, self.total_steps)
             what = f"had come to a factor of {last:.4g} instead of {end:.4g}"
+            fix = "A callback had asked to stop." if asked_to_stop else fix
         else:
             what = f"stood at {last:.4g} for the last {self.step - self.total_steps} of them"
         rank_zero_warn(
             f"{self.owner}: the schedule is for {self.total_steps} optimizer steps, and training ended after"
-            f" {self.step}: it {what}. Give total_steps= if this was to be the whole run."
+            f" {self.step}: it {what}. {fix}"
         )
 
     def _makes_no_difference(self) -> bool:
@@ -136,7 +155,7 @@ class Clock:
         assert self.total_steps is not None
         try:
             ideal = survey(self.owner, self.schedule, max(self.step, 1))
-        except (TypeError, ValueError):  # such as a warmup longer than what was done
+        except Exception:  # a warmup longer than what was done, or whatever a user's function raises
             return False
         return all(factor == self.schedule(step, self.total_steps) for step, factor in ideal)
 
@@ -147,31 +166,16 @@ class Clock:
     def _say(self, text: str) -> None:
         rank_zero_info(f"{self.owner}: {text}")
 
-    def _length(self, trainer: pl.Trainer, steps_per_epoch: int | None) -> int:
-        """The run's length as it was given, or as the run tells it, what was done with epochs of another length too."""
-        if self.given_steps is not None:
-            return self.given_steps
-        total_steps = run_length(self.owner, trainer)
-        if steps_per_epoch is None or not self.restored:
-            return total_steps
-        if self.steps_per_epoch != steps_per_epoch:
-            self.extra_steps = extra_steps(trainer, self.step, steps_per_epoch)
-        if not self.extra_steps:
-            return total_steps
-        total_steps = (trainer.max_epochs or 0) * steps_per_epoch + self.extra_steps
-        return total_steps if trainer.max_steps == -1 else min(total_steps, trainer.max_steps)
-
     def state_dict(self) -> dict[str, Any]:
         """The step, the length of the run and of the epochs it belongs to, and the schedule as text."""
-        values = self.step, self.total_steps, self.steps_per_epoch, self.extra_steps, self.scale, describe(self.given)
+        values = self.step, self.total_steps, self.steps_per_epoch, self.scale, describe(self.given)
         return dict(zip(STATE, values, strict=True))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the count of another run; the length follows in `begin`."""
         self.check_same(state["schedule"])
         self.step, self.total_steps = state["step"], state["total_steps"]
-        self.steps_per_epoch, self.extra_steps = state["steps_per_epoch"], state["extra_steps"]
-        self.scale, self.restored = state["scale"], True
+        self.steps_per_epoch, self.scale, self.restored = state["steps_per_epoch"], state["scale"], True
 
     def check_same(self, old: str) -> None:
         """Refuse, or say, that what a checkpoint was trained under is not this schedule."""
@@ -205,84 +209,45 @@ def changes_accumulation(trainer: pl.Trainer) -> bool:
     return any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
 
 
-def survey(owner: str, schedule: Schedule, total_steps: int) -> list[tuple[int, float]]:
-    """Look at a schedule before the first step: every step of a short run, about a thousand of a long one.
-
-    Args:
-        owner: callback named in an error.
-        schedule: without epochs.
-        total_steps: optimizer steps of the run, at least 1.
-    Returns:
-        (step, factor) from step 0 to `total_steps`.
-    Raises:
-        TypeError, ValueError: a factor that is no number, not finite or negative; what the schedule itself refuses.
-    Example:
-        >>> survey("LRSchedule", lambda step, total_steps: 1 - step / total_steps, 2)
-        [(0, 1.0), (1, 0.5), (2, 0.0)]
-    """
-    count = min(total_steps, 1000)
-    factors = []
-    for step in (total_steps * index // count for index in range(count + 1)):
-        factor: Any = schedule(step, total_steps)
-        try:
-            number = float(factor)
-        except (TypeError, ValueError) as error:
-            fix = "Return a factor of the base value"
-            raise TypeError(
-                message(owner, "schedule", f"a function with a number at step {step}", factor, fix)
-            ) from error
-        if not (math.isfinite(number) and number >= 0):
-            fix = "It multiplies the base value"
-            raise ValueError(message(owner, "schedule", f"finite and at least 0 at step {step}", number, fix))
-        factors.append((step, number))
-    return factors
-
-
 def run_length(owner: str, trainer: pl.Trainer) -> int:
-    """Optimizer steps of the whole run, for each optimizer; to be asked once the loops are restored.
+    """Optimizer steps of the whole run, for each optimizer: those that are done and those that are left.
+
+    Steps that a GradScaler skipped are among those done: a run that was not stopped had counted on them.
 
     Args:
         owner: callback named in an error.
-        trainer: the trainer in `on_train_start`.
+        trainer: the trainer in `on_train_start`, with its loops restored.
     Returns:
-        Steps from the beginning of the run, if all its epochs are as long as this one.
+        Steps from the beginning of the run; under manual optimization as many as batches.
     Raises:
         ValueError: it cannot be known; the error names `total_steps` as the way out.
     """
     got: Any = None
-    optimizers = len(trainer.optimizers)
+    optimizers, steps_per_epoch = len(trainer.optimizers), epoch_length(trainer)
     if changes_accumulation(trainer):
         got = "an accumulation that changes between epochs"
     elif optimizers > 1 and trainer.max_steps != -1:
         got = f"max_steps={trainer.max_steps} shared by {optimizers} optimizers"
-    elif (steps := trainer.estimated_stepping_batches) == float("inf"):
+    elif trainer.max_epochs in (None, -1) and trainer.max_steps == -1:
         got = "endless training (neither max_epochs nor max_steps ends it)"
-    elif steps <= 0:
+    elif steps_per_epoch is None and trainer.max_steps == -1:
         got = "a loader without a length and no max_steps"
     if got is not None:
-        fix = f"Give {owner}(..., total_steps=...)"
+        fix = "Give total_steps=..., the optimizer steps of the whole run"
         raise ValueError(message(owner, "total_steps", "given where the run does not tell it", got, fix))
-    return int(steps)
-
-
-def extra_steps(trainer: pl.Trainer, step: int, steps_per_epoch: int) -> int:
-    """Optimizer steps that a run has more than if all its epochs had the length they have from now on.
-
-    Args:
-        trainer: the trainer in `on_train_start`.
-        step: steps done before.
-        steps_per_epoch: length of the epochs that are left.
-    Returns:
-        Steps, negative where the earlier epochs were shorter; 0 where `max_steps` alone ends the run.
-    """
-    if trainer.max_epochs in (None, -1):
-        return 0
-    extra = step - trainer.current_epoch * steps_per_epoch
-    epochs = trainer.fit_loop.epoch_progress.current
-    if epochs.started > epochs.processed:  # in the middle of an epoch: of its steps some are done
-        batches = trainer.num_training_batches - trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        extra -= steps_per_epoch - math.ceil(max(batches, 0) / trainer.accumulate_grad_batches)
-    return extra
+    if trainer.max_epochs in (None, -1) or steps_per_epoch is None:
+        return trainer.max_steps
+    loop = trainer.fit_loop
+    done, epochs = trainer.global_step, trainer.max_epochs - trainer.current_epoch
+    if not trainer.lightning_module.automatic_optimization:
+        done = loop.epoch_loop.batch_progress.total.ready
+    total_steps = done + epochs * steps_per_epoch
+    progress = loop.epoch_progress.current
+    if (
+        loop.restarting and progress.started > progress.processed
+    ):  # in the middle of an epoch: of its steps some are done
+        total_steps -= loop.epoch_loop.batch_progress.current.ready // trainer.accumulate_grad_batches
+    return total_steps if trainer.max_steps == -1 else min(total_steps, trainer.max_steps)
 
 
 def _check_choice(owner: str, name: str, value: Any, *choices: str) -> None:

@@ -5,7 +5,7 @@ import sys
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR
 
-from lightning_tricks.callbacks.clock import Clock, OnMismatch, OnNewHorizon, changes_accumulation, survey
+from lightning_tricks.callbacks.clock import Clock, OnMismatch, OnNewHorizon, changes_accumulation
 from lightning_tricks.callbacks.param_groups import label_groups, scale_groups
 from lightning_tricks.callbacks.scheduled import Scheduled, Target
 from lightning_tricks.functional.checks import check_count, check_flag, message
-from lightning_tricks.functional.schedules import Schedule, describe, resolve_epochs
+from lightning_tricks.functional.schedules import Schedule, describe, resolve_epochs, survey
 
 BASE_KEPT = "beside schedulers that keep the optimizer's own rate"
 BASE_LOST = "OneCycleLR and CyclicLR overwrite it, and the base is lost: begin anew without them"
@@ -141,19 +141,24 @@ class LRSchedule(Scheduled):
             ValueError: no length is known; what the schedule itself refuses.
         """
         known = next(iter(self._states().values()), {})
-        total_steps = total_steps or known.get("total_steps") or self.total_steps
         if total_steps is None:
-            fix = "Give LRSchedule(schedule, total_steps=...) or preview(total_steps=...)"
+            total_steps = known.get("total_steps") or self.total_steps
+        if steps_per_epoch is None:
+            steps_per_epoch = known.get("steps_per_epoch")
+        fix = "Give LRSchedule(schedule, total_steps=...) or preview(total_steps=...)"
+        if total_steps is None:
             raise ValueError(message("LRSchedule.preview", "total_steps", "known before a run", None, fix))
-        check_count("LRSchedule.preview", "total_steps", total_steps, 1, "optimizer steps", "Give the run's length")
-        schedule = resolve_epochs(self.schedule, steps_per_epoch or known.get("steps_per_epoch") or math.inf)
-        survey("LRSchedule", schedule, total_steps)
-        return [float(schedule(step, total_steps)) for step in range(total_steps + 1)]
+        check_count("LRSchedule.preview", "total_steps", total_steps, 1, "optimizer steps", fix)
+        if steps_per_epoch is not None:
+            check_count("LRSchedule.preview", "steps_per_epoch", steps_per_epoch, 1, "optimizer steps", fix)
+        schedule = resolve_epochs(self.schedule, steps_per_epoch or math.inf)
+        return [factor for _, factor in survey("LRSchedule", schedule, total_steps, points=total_steps)]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a second owner of the learning rate."""
         super().setup(trainer, pl_module, stage)
-        owners = (StochasticWeightAveraging, BackboneFinetuning)
+        self._foreign = []
+        owners = (StochasticWeightAveraging, BaseFinetuning)
         others = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, owners)]
         if others:
             fix = "Both would own the learning rate; keep one"
@@ -161,19 +166,19 @@ class LRSchedule(Scheduled):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put schedulers where torch's would be, before Lightning restores a checkpoint."""
+        foreign, self._foreign = self._foreign, []
         super().on_fit_start(trainer, pl_module)
         configs = trainer.lr_scheduler_configs
         theirs = [config for config in configs if not isinstance(config.scheduler, ScheduledLR)]
         replaced = self._replaced(theirs)
         # A checkpoint had schedulers that are not the module's any more: those of optimizers without a clock of ours.
-        if len(self._foreign) > len(theirs) - len(replaced):
-            names = f"a scheduler of torch with {_plain(self._foreign[-1])}"
-            if any({"max_lrs", "_schedule_phases"} & state.keys() for state in self._foreign):
+        if len(foreign) > len(theirs) - len(replaced):
+            names = f"a scheduler of torch with {_plain(foreign[-1])}"
+            if any({"max_lrs", "_schedule_phases"} & state.keys() for state in foreign):
                 raise ValueError(message("LRSchedule", "checkpoint", BASE_KEPT, names, BASE_LOST))
             for target in self._targets.values():
                 if not target.clock.restored:
                     target.clock.check_same(names)
-        self._foreign = []
         ours = {
             id(target.optimizer): LRSchedulerConfig(
                 ScheduledLR(target.optimizer, target.clock), interval="step", frequency=sys.maxsize

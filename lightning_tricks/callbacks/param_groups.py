@@ -29,7 +29,7 @@ def chosen_optimizers(owner: str, trainer: pl.Trainer, index: int | None) -> dic
     names = [type(optimizer).__name__ for optimizer in optimizers.values()]
     if not any(optimizer.param_groups for optimizer in optimizers.values()):
         fix = "Leave the callback out, or return one from configure_optimizers"
-        raise ValueError(message(owner, "optimizers", "at least one", names, fix))
+        raise ValueError(message(owner, "optimizers", "at least one", "none", fix))
     if index is None:
         return optimizers
     if index not in optimizers:

@@ -11,7 +11,7 @@ from lightning_tricks.callbacks.scheduled import Scheduled, Target
 from lightning_tricks.functional.checks import message
 from lightning_tricks.functional.schedules import Schedule
 
-BELOW_ONE = ("momentum", "betas[0]", "betas[1]", "alpha")
+BELOW_ONE = ("momentum", "betas[0]", "betas[1]")
 
 
 class ParamSchedule(Scheduled):
@@ -21,9 +21,9 @@ class ParamSchedule(Scheduled):
 
     The base of a hyperparameter is what `configure_optimizers` gave each group; that of a rate of the module is its
     value when `fit` starts, which it has again when `fit` ends, also by an exception. Steps and the run's length are
-    those of `LRSchedule`. A rate that is a plain number is a constant to `torch.compile`, which compiles anew when it
-    changes; a tensor of no dimensions, registered as a buffer, is filled in place. The values are logged under `name`
-    on the steps that Lightning logs.
+    those of `LRSchedule`. The values are logged under `name` on the steps that Lightning logs. A rate that is a plain
+    number is a constant to `torch.compile`, which compiles anew when it changes and gives up after a few values; a
+    tensor of no dimensions, in a buffer with `persistent=False`, is filled in place and compiled once.
 
     Args:
         name: a key of the optimizer's groups, `"weight_decay"`, `"momentum"`, `"betas[0]"`, or a dotted path of
@@ -65,8 +65,11 @@ class ParamSchedule(Scheduled):
         fix = "Give a key such as 'weight_decay' or a path such as 'model.block.drop_rate'"
         if not isinstance(name, str):
             raise TypeError(message("ParamSchedule", "name", "a string", name, fix))
-        if name.partition("[")[0] in ("lr", "initial_lr") or not all(name.split(".")):
-            raise ValueError(message("ParamSchedule", "name", "a name other than lr, which is LRSchedule's", name, fix))
+        if not all(name.split(".")):
+            raise ValueError(message("ParamSchedule", "name", "a name, or names separated by dots", name, fix))
+        if name.partition("[")[0] in ("lr", "initial_lr"):
+            fix = "LRSchedule(schedule) is for the learning rate"
+            raise ValueError(message("ParamSchedule", "name", "another than lr", name, fix))
         super().__init__(name, schedule, total_steps, optimizer, on_new_horizon, on_mismatch, prog_bar)
         self._rate: Rate | None = None
 
@@ -82,10 +85,17 @@ class ParamSchedule(Scheduled):
         found = [read_value(group, self.name) for group in groups]
         self._rate = find_rate(pl_module, self.name) if None in found else None
         if None in found and self._rate is None:
-            known = ", ".join(sorted({key for group in groups for key in numbers_of(group)} - {"lr"}))
+            known = ", ".join(sorted(set.intersection(*(set(numbers_of(group)) for group in groups)) - {"lr"}))
             condition = f"a number of every chosen group ({known}) or a path of {type(pl_module).__name__}"
-            fix = "A path is written 'model.block.drop_rate'"
+            fix = "A path is written 'model.block.drop_rate', with an index 'body.2.p'"
+            if any(value is not None for value in found):
+                fix = "Some groups have it: choose their optimizer, as in optimizer=1"
             raise ValueError(message("ParamSchedule", "name", condition, self.name, fix))
+        for other in trainer.callbacks:
+            theirs = other._rate if isinstance(other, ParamSchedule) and other is not self else None
+            if theirs is not None and self._rate is not None and self._rate.same_as(theirs):
+                fix = f"Both would own it; {other.name!r} is another path to it"
+                raise ValueError(message("ParamSchedule", "name", "of a rate with one owner", self.name, fix))
         if self._rate is not None and len(self._targets) > 1:
             fix = "Give the index of the one whose steps count"
             raise ValueError(message("ParamSchedule", "optimizer", f"given for {self.name!r}", self.optimizer, fix))
@@ -146,6 +156,10 @@ class Rate:
         """The value in force."""
         value = getattr(self.owner, self.attribute)
         return value.item() if isinstance(value, Tensor) else value
+
+    def same_as(self, other: "Rate") -> bool:
+        """Whether two rates, found by two paths, are one."""
+        return self.owner is other.owner and self.attribute == other.attribute
 
     def scale(self, factor: float) -> None:
         """Set it to the base times a factor; a factor of 1 gives exactly the base back, an int too."""

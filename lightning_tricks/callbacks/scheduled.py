@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tricks.callbacks.clock import Clock, OnMismatch, OnNewHorizon
-from lightning_tricks.callbacks.param_groups import chosen_optimizers
+from lightning_tricks.callbacks.param_groups import chosen_optimizers, read_value
 from lightning_tricks.callbacks.steps import after_real_steps, refuse_twins
 from lightning_tricks.functional.checks import check_count, check_flag
 from lightning_tricks.functional.schedules import Schedule, describe
@@ -23,10 +24,11 @@ KEY = "schedules"
 
 @dataclass
 class Target:
-    """An optimizer and the clock that counts its steps."""
+    """An optimizer, the clock that counts its steps, and the values its groups were given in code."""
 
     optimizer: Optimizer
     clock: Clock
+    given: list[Any]
 
 
 class Scheduled(Callback):
@@ -55,10 +57,7 @@ class Scheduled(Callback):
         if optimizer is not None:
             check_count(self.owner, "optimizer", optimizer, 0, "index", "None takes all")
         check_flag(self.owner, "prog_bar", prog_bar, "True shows the value in the progress bar")
-        parts = [repr(name)] if name != "lr" else []
-        parts += [] if optimizer is None else [f"optimizer={optimizer}"]
-        label = f"{self.owner}({', '.join(parts)})" if parts else self.owner
-        self._clock = partial(Clock, label, schedule, total_steps, on_new_horizon, on_mismatch)
+        self._options = total_steps, on_new_horizon, on_mismatch
         self.name, self.schedule, self.total_steps = name, schedule, total_steps
         self.optimizer, self.prog_bar = optimizer, prog_bar
         self._targets: dict[int, Target] = {}
@@ -84,8 +83,9 @@ class Scheduled(Callback):
     # ------------------------------------------------------------------ when
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a second owner of the same value."""
-        refuse_twins(self, trainer, repr(self.name), self._is_rival)
+        """Refuse a second owner of the same value; forget a checkpoint that was never gone on with."""
+        refuse_twins(self, trainer, f"{self.name!r} of an optimizer", self._is_rival)
+        self._loaded = {}
 
     def _is_rival(self, other: "Scheduled") -> bool:
         apart = None not in (self.optimizer, other.optimizer) and self.optimizer != other.optimizer
@@ -94,19 +94,35 @@ class Scheduled(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the clocks, and let them go on from a checkpoint or from the fit before."""
         chosen = chosen_optimizers(self.owner, trainer, self.optimizer)
-        self._targets = {place: Target(optimizer, self._clock()) for place, optimizer in chosen.items()}
-        states = self._loaded or (self._last if trainer.global_step > 0 else {})
-        for place in self._targets.keys() & states.keys():
-            self._targets[place].clock.load_state_dict(states[place])
-        self._loaded = {}
+        states, self._loaded = self._loaded or (self._last if trainer.global_step > 0 else {}), {}
+        for place, optimizer in chosen.items():
+            parts = [repr(self.name)] if self.name != "lr" else []
+            parts += [f"optimizer={place}"] if len(trainer.optimizers) > 1 else []
+            label = f"{self.owner}({', '.join(parts)})" if parts else self.owner
+            given = [read_value(group, self.name) for group in optimizer.param_groups]
+            self._targets[place] = Target(optimizer, Clock(label, self.schedule, *self._options), given)
+            if place in states:
+                self._targets[place].clock.load_state_dict(states[place])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the length from the run, set the values of the first step, and count real steps from here."""
         for target in self._targets.values():
             target.clock.begin(trainer)
             self.apply(target)
+            self._compare_bases(target)
             self._handles += after_real_steps(self.owner, [target.optimizer], partial(self._advance, target))
         log_settings(self, trainer)
+
+    def _compare_bases(self, target: Target) -> None:
+        """Say that a resumed optimizer has the base values of its checkpoint, if those of the code are others."""
+        bases = [group.get(f"initial_{self.name}") for group in target.optimizer.param_groups]
+        pairs = [(float(old), float(new)) for old, new in zip(bases, target.given, strict=False) if old and new]
+        if target.clock.restored and any(old != new for old, new in pairs):
+            old, new = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+            rank_zero_info(
+                f"{target.clock.owner}: the base values are the checkpoint's, {old}, and not those of the code, {new}:"
+                " torch restores the groups of an optimizer."
+            )
 
     def _advance(self, target: Target, optimizer: Optimizer) -> None:
         target.clock.step += 1
@@ -125,11 +141,16 @@ class Scheduled(Callback):
         """Whether the values are for this callback to log."""
         return True
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compare an epoch by hand with what was assumed of it."""
+        for target in self._targets.values():
+            target.clock.end_epoch()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop counting, and compare the schedule's end with the training's."""
         self._stop()
         for target in self._targets.values():
-            target.clock.end()
+            target.clock.end(trainer.should_stop)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of the optimizers, after every other callback has ended its training."""
@@ -147,7 +168,7 @@ class Scheduled(Callback):
         """Stop counting and let go of the optimizers; a second time does nothing."""
         self._stop()
         self._last = self._states()
-        self._targets = {}
+        self._targets, self._loaded = {}, {}
 
     def _stop(self) -> None:
         for handle in self._handles:
@@ -175,4 +196,4 @@ class Scheduled(Callback):
         return running or self._last
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_targets": {}, "_handles": []}
+        return {**self.__dict__, "_targets": {}, "_handles": [], "_last": self._states()}

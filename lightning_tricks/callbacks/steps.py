@@ -91,5 +91,5 @@ def refuse_twins(
     owner = next(base for base in type(callback).__mro__ if base.__module__.startswith("lightning_tricks"))
     count = sum(isinstance(other, owner) and rivals(other) for other in trainer.callbacks)
     if count > 1:
-        fix = f"Both would own {what}; keep one"
+        fix = f"Both would own {what}; keep one, or give each what is its own"
         raise ValueError(message(owner.__name__, "callbacks", "the only one of its kind in a Trainer", count, fix))

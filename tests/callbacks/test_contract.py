@@ -46,7 +46,7 @@ CALLBACKS = {
         lt.UpdateMonitor(every_n_steps=2),
     ],
 }
-ends_elsewhere = pytest.mark.filterwarnings("ignore:.*the schedule is for .* optimizer steps")
+ends_elsewhere = pytest.mark.filterwarnings("ignore:.*(the schedule is for .* optimizer steps|an epoch by hand has)")
 every_callback = pytest.mark.parametrize("name", CALLBACKS)
 
 

@@ -23,6 +23,7 @@ from kit import (
 )
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
+    BaseFinetuning,
     Callback,
     GradientAccumulationScheduler,
     LearningRateMonitor,
@@ -64,7 +65,7 @@ class Groups(Net):
         return torch.optim.SGD(groups)
 
 
-ends_elsewhere = pytest.mark.filterwarnings("ignore:.*the schedule is for .* optimizer steps")
+ends_elsewhere = pytest.mark.filterwarnings("ignore:.*(the schedule is for .* optimizer steps|an epoch by hand has)")
 
 
 def factors(schedule, steps):
@@ -351,8 +352,8 @@ def test_no_hook_stays_on_an_optimizer_of_the_users_own():
 
 # ------------------------------------------------------------------------------------------------------------- refusals
 
-NAMES_TOTAL_STEPS = r"LRSchedule: total_steps must be given where the run does not tell it, got .*{}.* "
-NAMES_TOTAL_STEPS += r"Give LRSchedule\(\.\.\., total_steps=\.\.\.\)"
+NAMES_TOTAL_STEPS = r"LRSchedule.*: total_steps must be given where the run does not tell it, got .*{}.* "
+NAMES_TOTAL_STEPS += r"Give total_steps="
 
 
 def test_endless_training_asks_for_total_steps():
@@ -432,23 +433,6 @@ def test_optimizer_without_step_hooks_is_refused():
         after_real_steps("EMA", [object()], print)
 
 
-def test_length_of_a_run_is_asked_late_enough_for_a_loader_that_resumes():
-    """Reading it before the loops are restored would make a resumable loader begin again."""
-    trainer = make_trainer([lt.LRSchedule(lt.Linear())], max_epochs=1)
-    asked = []
-    original = type(trainer).estimated_stepping_batches.fget
-
-    class Watched(type(trainer)):
-        @property
-        def estimated_stepping_batches(self):
-            asked.append(self.fit_loop._combined_loader is not None)
-            return original(self)
-
-    trainer.__class__ = Watched
-    trainer.fit(Net(), loader(), loader(8))
-    assert asked == [True]
-
-
 # ------------------------------------------------------------------------------------------------- what the run is told
 
 
@@ -491,7 +475,7 @@ def end_warnings(callbacks, *args, **options):
 def test_training_that_ended_early_is_warned_of_once():
     assert end_warnings([lt.LRSchedule(lt.Linear()), StopAfter(1)]) == [
         "LRSchedule: the schedule is for 12 optimizer steps, and training ended after 6: it had come to a factor of 0.5"
-        " instead of 0. Give total_steps= if this was to be the whole run."
+        " instead of 0. A callback had asked to stop."
     ]
 
 
@@ -1189,3 +1173,172 @@ def test_search_for_a_rate_is_not_disturbed():
     expected = search([])
     assert search([lt.LRSchedule(lt.Warmup(3, lt.Linear()))]) == expected
     assert rates.first == [0.05 * lt.Warmup(3, lt.Linear())(k, 12) for k in range(12)]
+
+
+# ------------------------------------------------------------------------------- what a stranger's first hour has found
+
+
+class Breaks(Net):
+    """Fails before its optimizers are made."""
+
+    def configure_optimizers(self):
+        raise RuntimeError("no optimizers")
+
+
+def test_checkpoint_that_was_never_gone_on_with_is_forgotten(tmp_path):
+    fit([lt.LRSchedule(lt.Linear()), every_epoch(tmp_path)])
+    callback, rates = lt.LRSchedule(lt.Linear()), Rates()
+    with pytest.raises(RuntimeError, match="no optimizers"):
+        fit([callback, every_epoch(tmp_path / "1")], Breaks(), ckpt_path=tmp_path / "epoch=1.ckpt", max_epochs=3)
+    fit([callback, rates])
+    assert rates.first == [0.05 * (1 - k / 12) for k in range(12)]
+    other, rates = lt.LRSchedule(lt.Cosine()), Rates()
+    with pytest.raises(ValueError, match="under the same schedule"):
+        fit([other, every_epoch(tmp_path / "2")], ckpt_path=tmp_path / "epoch=1.ckpt", max_epochs=3)
+    fit([other, rates])
+    assert rates.first[0] == 0.05
+
+
+def test_lightnings_finetuning_is_refused_by_its_base_class():
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.body)
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            pass
+
+    with pytest.raises(ValueError, match=r"LRSchedule: callbacks must be the only one .* got \['Unfreeze'\]"):
+        fit([lt.LRSchedule(lt.Linear()), Unfreeze()])
+
+
+def test_function_in_a_schedule_is_asked_for_its_own_steps_only():
+    asked = []
+
+    def table(step, total_steps):
+        asked.append(step)
+        return [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0][int(step)]
+
+    rates = Rates()
+    fit([lt.LRSchedule(lt.Warmup(2, table)), rates])
+    assert rates.first == pytest.approx([0, 0.025, *(0.05 * (1 - k / 10) for k in range(10))])
+    assert max(asked) == 10
+    assert asked[-10:] == list(range(1, 11))  # one by one, when its turn comes
+
+
+@pytest.mark.parametrize("fail_at", [9, 3, 6])
+def test_fit_that_was_broken_off_and_called_again_ends_at_the_end(fail_at, told):
+    """Lightning begins the broken epoch again, so that the run becomes longer."""
+    module, rates = Net(fail_at=("train", fail_at)), Rates()
+    callback = lt.LRSchedule(lt.Linear())
+    trainer = make_trainer([callback, rates], max_epochs=3)
+    with pytest.raises(RuntimeError, match="failed in training"):
+        trainer.fit(module, loader(), loader(8))
+    module.fail_at = None
+    trainer.fit(module, loader(), loader(8))
+    again = fail_at + 18 - fail_at // 6 * 6
+    assert trainer.global_step == again
+    assert rates.first[-1] == pytest.approx(0.05 / again)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+
+
+@ends_elsewhere
+@pytest.mark.parametrize("middle", [{"on_new_horizon": "keep"}, {"total_steps": 50}])
+def test_length_is_that_of_the_run_whatever_a_resumed_part_of_it_was_told(middle, tmp_path):
+    """Two epochs of six, one of three, one of six: 21 steps."""
+    fit([lt.LRSchedule(lt.Linear()), every_epoch(tmp_path / "1")], max_epochs=4)
+    options = {"max_epochs": 4, "ckpt_path": tmp_path / "1" / "epoch=1.ckpt", "limit_train_batches": 3}
+    fit([lt.LRSchedule(lt.Linear(), **middle), every_epoch(tmp_path / "2")], **options)
+    options = {"max_epochs": 4, "ckpt_path": tmp_path / "2" / "epoch=2.ckpt"}
+    trainer, _ = fit([lt.LRSchedule(lt.Linear()), every_epoch(tmp_path / "3")], **options)
+    clock = trainer.lr_scheduler_configs[0].scheduler.clock
+    assert (clock.total_steps, clock.step) == (21, 21)
+
+
+class EveryThird(ByHand):
+    """Accumulates by hand over three batches."""
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx) / 3)
+        if batch_idx % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_steps_by_hand_that_were_assumed_wrongly_are_told_after_one_epoch():
+    with pytest.warns(UserWarning, match="an epoch by hand") as caught:
+        fit([lt.LRSchedule(lt.Linear())], EveryThird(), max_epochs=3)
+    (text,) = [str(warning.message) for warning in caught if "LRSchedule" in str(warning.message)]
+    assert text == (
+        "LRSchedule: an epoch by hand has 2 optimizer steps, and the schedule assumes 6, one for each batch. Give"
+        " total_steps=."
+    )
+    trainer, _ = fit([lt.LRSchedule(lt.Linear(), total_steps=6)], EveryThird(), max_epochs=3)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
+
+
+def test_base_rate_that_was_changed_in_the_code_is_told_to_be_the_checkpoints(tmp_path, told):
+    class Faster(Net):
+        def __init__(self):
+            super().__init__(lr=0.5)
+
+    fit([lt.LRSchedule(lt.Linear()), every_epoch(tmp_path)])
+    rates = Rates()
+    callbacks = [lt.LRSchedule(lt.Linear()), rates, every_epoch(tmp_path / "rest")]
+    fit(callbacks, Faster(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert rates.first[0] == 0.025
+    assert (
+        "LRSchedule: the base values are the checkpoint's, [0.05], and not those of the code, [0.5]: torch restores the"
+        " groups of an optimizer."
+    ) in told()
+
+
+def test_resume_in_mid_epoch_with_another_accumulation_ends_at_the_end(tmp_path):
+    """Seven batches an epoch; four are done one by one, the windows of two then begin at the epoch's fourth batch."""
+
+    def save(folder):
+        return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+
+    fit([lt.LRSchedule(lt.Linear()), save(tmp_path)], train=ResumableLoader(28))
+    for stop in (4,):
+        trainer, _ = fit(
+            [lt.LRSchedule(lt.Linear()), save(tmp_path / "rest")],
+            train=ResumableLoader(28),
+            ckpt_path=tmp_path / f"step={stop}.ckpt",
+            accumulate_grad_batches=2,
+        )
+        clock = trainer.lr_scheduler_configs[0].scheduler.clock
+        assert clock.total_steps == clock.step == trainer.global_step
+
+
+def test_function_that_fails_for_another_length_does_not_fail_a_run_that_is_done():
+    def pole(step, total_steps):
+        return 1 + step / (total_steps - 5)
+
+    with pytest.warns(UserWarning, match="the schedule is for 12 optimizer steps, and training ended after 5"):
+        fit([lt.LRSchedule(pole, total_steps=12)], limit_train_batches=5, max_epochs=1)
+
+
+def test_partial_functions_are_known_by_their_arguments(tmp_path):
+    def power(exponent, step, total_steps):
+        return (1 - step / total_steps) ** exponent
+
+    fit([lt.LRSchedule(partial(power, 2.0)), every_epoch(tmp_path)])
+    with pytest.raises(ValueError, match=r"got 'partial\(.*power, 2\)'. This run has partial\(.*power, 3\)"):
+        fit([lt.LRSchedule(partial(power, 3.0)), every_epoch(tmp_path / "1")], ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
+def test_function_of_the_step_alone_is_refused_when_built():
+    with pytest.raises(TypeError, match=r"LRSchedule: schedule must be a function of \(step, total_steps\), got"):
+        lt.LRSchedule(lambda step: 0.9**step)
+
+
+def test_copy_of_a_callback_in_mid_run_has_its_step():
+    copies = []
+
+    class Copy(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            copies.append(copy.deepcopy(trainer.callbacks[0]).settings["total_steps"])
+
+    fit([lt.LRSchedule(lt.Linear()), Copy()])
+    assert copies == [12] * 12

@@ -25,7 +25,7 @@ from torch import nn
 
 import lightning_tricks as lt
 
-ends_elsewhere = pytest.mark.filterwarnings("ignore:.*the schedule is for .* optimizer steps")
+ends_elsewhere = pytest.mark.filterwarnings("ignore:.*(the schedule is for .* optimizer steps|an epoch by hand has)")
 
 
 class Watch(Callback):
@@ -484,10 +484,34 @@ def test_path_that_leads_nowhere_is_refused(name):
         fit([lt.ParamSchedule(name, lt.Linear())], Rates(optimizer="adam"))
 
 
-@pytest.mark.parametrize("name", ["lr", "", ".rate", "model..rate"])
+@pytest.mark.parametrize("name", ["", ".rate", "model..rate"])
 def test_name_that_is_no_name_is_refused_when_built(name):
-    with pytest.raises(ValueError, match="ParamSchedule: name must be a name other than lr"):
+    with pytest.raises(ValueError, match="ParamSchedule: name must be a name, or names separated by dots, got"):
         lt.ParamSchedule(name, lt.Linear())
+
+
+@pytest.mark.parametrize("name", ["lr", "lr[0]", "initial_lr"])
+def test_learning_rate_is_refused_when_built(name):
+    with pytest.raises(ValueError, match="ParamSchedule: name must be another than lr, got .* LRSchedule"):
+        lt.ParamSchedule(name, lt.Linear())
+
+
+def test_two_paths_to_one_rate_are_refused():
+    class Alias(Net):
+        def __init__(self):
+            super().__init__()
+            self.other = self.body
+
+    paths = ("body.2.momentum", "other.2.momentum")
+    text = "ParamSchedule: name must be of a rate with one owner, got 'other.2.momentum'. Both would own it"
+    with pytest.raises(ValueError, match=text):
+        fit([lt.ParamSchedule(path, lt.Linear()) for path in paths], Alias())
+
+
+def test_hyperparameter_that_only_some_optimizers_have_is_refused_with_the_way_out():
+    text = r"ParamSchedule: name must be a number of every chosen group \(.*\) .* Some groups have it: choose"
+    with pytest.raises(ValueError, match=text):
+        fit([lt.ParamSchedule("betas[0]", lt.Linear())], TwoDecayed())
 
 
 def test_name_that_is_no_string_is_refused():

@@ -17,6 +17,7 @@ from lightning_tricks.functional.schedules.durations import (
     interpolate,
     progress,
     resolve_epochs,
+    survey,
 )
 from lightning_tricks.functional.schedules.joins import Cooldown, Join, Warmup, WarmupCosine, WarmupStableDecay
 from lightning_tricks.functional.schedules.shapes import (
@@ -29,7 +30,7 @@ from lightning_tricks.functional.schedules.shapes import (
     Polynomial,
     Steps,
 )
-from lightning_tricks.functional.schedules.text import SCHEDULES, describe, parse
+from lightning_tricks.functional.schedules.text import SCHEDULES, describe, is_ours, parse
 
 __all__ = [
     "SCHEDULES",
@@ -57,7 +58,9 @@ __all__ = [
     "duration_in_steps",
     "in_steps",
     "interpolate",
+    "is_ours",
     "parse",
     "progress",
     "resolve_epochs",
+    "survey",
 ]

@@ -204,7 +204,7 @@ def _locate(
     elif growth == 0:
         position = cycles * (step / total_steps)
     elif cycles * growth < 700:
-        position = math.log1p(math.expm1(cycles * growth) * step / total_steps) / growth
+        position = math.log1p(math.expm1(cycles * growth) * (step / total_steps)) / growth
     else:  # the first cycles are next to nothing
         position = cycles + math.log(step / total_steps) / growth if step else 0.0
     position = snap(position)

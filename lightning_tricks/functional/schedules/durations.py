@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 import re
@@ -304,3 +305,44 @@ def check_schedule(owner: str, name: str, value: Any) -> None:
     if not callable(value) or isinstance(value, type):
         fix = "Give a schedule, as Cosine() or Warmup(0.05, Cosine())"
         raise TypeError(message(owner, name, "a schedule (step, total_steps) -> factor", value, fix))
+    try:
+        inspect.signature(value).bind(0, 1)
+    except TypeError as error:
+        fix = "It is called with the steps that are done and those of the whole run"
+        raise TypeError(message(owner, name, "a function of (step, total_steps)", value, fix)) from error
+    except ValueError:  # a builtin that does not tell its signature
+        pass
+
+
+def survey(owner: str, schedule: Schedule, total_steps: int, points: int = 1000) -> list[tuple[int, float]]:
+    """Look at a schedule before the first step: every step of a short run, evenly spaced ones of a long run.
+
+    Args:
+        owner: class or function named in an error.
+        schedule: without epochs.
+        total_steps: optimizer steps of the run, at least 1.
+        points: most steps that are looked at, besides step 0.
+    Returns:
+        (step, factor) from step 0 to `total_steps`.
+    Raises:
+        TypeError, ValueError: a factor that is no number, not finite or negative; what the schedule itself refuses.
+    Example:
+        >>> survey("LRSchedule", lambda step, total_steps: 1 - step / total_steps, 2)
+        [(0, 1.0), (1, 0.5), (2, 0.0)]
+    """
+    count = min(total_steps, points)
+    factors = []
+    for step in (total_steps * index // count for index in range(count + 1)):
+        factor: Any = schedule(step, total_steps)
+        try:
+            number = float(factor)
+        except (TypeError, ValueError) as error:
+            fix = "Return a factor of the base value"
+            raise TypeError(
+                message(owner, "schedule", f"a function with a number at step {step}", factor, fix)
+            ) from error
+        if not (math.isfinite(number) and number >= 0):
+            fix = "It multiplies the base value"
+            raise ValueError(message(owner, "schedule", f"finite and at least 0 at step {step}", number, fix))
+        factors.append((step, number))
+    return factors

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -57,7 +58,15 @@ def describe(schedule: Any) -> str:
     """
     if dataclasses.is_dataclass(schedule) and not isinstance(schedule, type):
         fields = [f"{field.name}={describe(getattr(schedule, field.name))}" for field in dataclasses.fields(schedule)]
-        return f"{type(schedule).__name__}({', '.join(fields)})"
+        kind = type(schedule)
+        name = kind.__name__ if kind in SCHEDULES.values() else f"{kind.__module__}.{kind.__qualname__}"
+        return f"{name}({', '.join(fields)})"
+    if isinstance(schedule, functools.partial):
+        given = [
+            *map(describe, schedule.args),
+            *(f"{key}={describe(value)}" for key, value in schedule.keywords.items()),
+        ]
+        return f"partial({', '.join([describe(schedule.func), *given])})"
     if isinstance(schedule, (tuple, list)):
         return f"[{', '.join(map(describe, schedule))}]"
     if isinstance(schedule, float) and schedule.is_integer():
@@ -68,6 +77,24 @@ def describe(schedule: Any) -> str:
         named = schedule if hasattr(schedule, "__qualname__") else type(schedule)
         return f"{named.__module__}.{named.__qualname__}"
     return repr(schedule)
+
+
+def is_ours(schedule: Any) -> bool:
+    """Whether a schedule is of this package alone, nested ones too: then it depends on nothing but its arguments.
+
+    Args:
+        schedule: any schedule.
+    Example:
+        >>> is_ours(Warmup(2, Cosine())), is_ours(Warmup(2, lambda step, total_steps: 1.0))
+        (True, False)
+    """
+    if isinstance(schedule, tuple):
+        return all(map(is_ours, schedule))
+    if not callable(schedule):
+        return True
+    if type(schedule) not in SCHEDULES.values():
+        return False
+    return all(is_ours(getattr(schedule, field.name)) for field in dataclasses.fields(schedule))
 
 
 def parse(text: str) -> Schedule:
