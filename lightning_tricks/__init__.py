@@ -1,8 +1,17 @@
 """The tricks of training neural networks, as callbacks for an unchanged PyTorch Lightning module."""
 
 from lightning_tricks import callbacks, functional
-from lightning_tricks.callbacks import EMA, BatchTransforms, EarlyStopping, LRSchedule, ParamSchedule, UpdateMonitor
+from lightning_tricks.callbacks import (
+    EMA,
+    BatchTransforms,
+    EarlyStopping,
+    LRSchedule,
+    ParamSchedule,
+    PolyakAverage,
+    UpdateMonitor,
+)
 from lightning_tricks.functional import schedules
+from lightning_tricks.functional.averaging import HalfLife, Warmed
 from lightning_tricks.functional.schedules import (
     Constant,
     Cooldown,
@@ -37,6 +46,7 @@ __all__ = [
     "Cutout",
     "EarlyStopping",
     "Exponential",
+    "HalfLife",
     "InverseSqrt",
     "InverseTime",
     "Join",
@@ -49,10 +59,12 @@ __all__ = [
     "Mixup",
     "OneCycle",
     "ParamSchedule",
+    "PolyakAverage",
     "Polynomial",
     "Steps",
     "Triangular",
     "UpdateMonitor",
+    "Warmed",
     "Warmup",
     "WarmupCosine",
     "WarmupStableDecay",

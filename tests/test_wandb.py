@@ -86,4 +86,4 @@ def test_tensorboard_gets_no_metric_of_its_own(tmp_path):
     logger.log_metrics = lambda metrics, step=None: written.extend(metrics)
     fit([lt.EMA(0.5)], logger=logger, max_epochs=1)
     assert "hp_metric" not in written
-    assert logger.hparams["tricks"] == {"EMA": {"decay": 0.5}}
+    assert logger.hparams["tricks"] == {"EMA": {"decay": 0.5, "start": 0, "every_n_steps": 1}}

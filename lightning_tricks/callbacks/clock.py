@@ -209,7 +209,9 @@ def changes_accumulation(trainer: pl.Trainer) -> bool:
     return any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks)
 
 
-def run_length(owner: str, trainer: pl.Trainer) -> int:
+def run_length(
+    owner: str, trainer: pl.Trainer, fix: str = "Give total_steps=..., the optimizer steps of the whole run"
+) -> int:
     """Optimizer steps of the whole run, for each optimizer: those that are done and those that are left.
 
     Steps that a GradScaler skipped are among those done: a run that was not stopped had counted on them.
@@ -217,6 +219,7 @@ def run_length(owner: str, trainer: pl.Trainer) -> int:
     Args:
         owner: callback named in an error.
         trainer: the trainer in `on_train_start`, with its loops restored.
+        fix: what the callback's user is to do where the run does not tell it.
     Returns:
         Steps from the beginning of the run; under manual optimization as many as batches.
     Raises:
@@ -233,8 +236,7 @@ def run_length(owner: str, trainer: pl.Trainer) -> int:
     elif steps_per_epoch is None and trainer.max_steps == -1:
         got = "a loader without a length and no max_steps"
     if got is not None:
-        fix = "Give total_steps=..., the optimizer steps of the whole run"
-        raise ValueError(message(owner, "total_steps", "given where the run does not tell it", got, fix))
+        raise ValueError(message(owner, "total_steps", "known", got, fix))
     if trainer.max_epochs in (None, -1) or steps_per_epoch is None:
         return trainer.max_steps
     loop = trainer.fit_loop

@@ -1,5 +1,6 @@
 """An exponential moving average of the weights, evaluated instead of them."""
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -8,12 +9,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelPruning
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_tricks.callbacks.clock import epoch_length, run_length
 from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES, after_real_steps, refuse_sharded, refuse_twins
 from lightning_tricks.callbacks.weights import (
     SpectralNormOf,
@@ -23,8 +25,9 @@ from lightning_tricks.callbacks.weights import (
     spectral_norms,
     weight_slots,
 )
-from lightning_tricks.functional.averaging import can_average, check_decay, ema_
+from lightning_tricks.functional.averaging import Averaging, Decay, can_average, ema_
 from lightning_tricks.functional.checks import message
+from lightning_tricks.functional.schedules import Duration, describe, resolve_epochs
 from lightning_tricks.loggers import log_settings
 
 
@@ -47,11 +50,17 @@ class EMA(Callback):
     weights.
 
     Args:
-        decay: weight of the old average, in [0, 1); 0.999 averages over about the last 1,000 steps.
+        decay: weight of the old average, in [0, 1); 0.999 averages over about the last 1,000 steps. Or a decay such as
+            `HalfLife("2ep")` or `Warmed(0.9999)`, or any function of (updates, total_steps).
+        start: stretch of the run that is left out: `int` = optimizer steps, `float` in (0, 1) = fraction of the run,
+            `"3ep"` = epochs. Validation sees the raw weights until the average has started.
+        every_n_steps: how often the average is updated, in the same units; the decay is applied once for each step in
+            between, so that it keeps its meaning.
     Raises:
-        TypeError: decay is no number, or an optimizer has no step hooks.
-        ValueError: decay outside [0, 1), another averaging callback in the Trainer, a strategy that shards the
-            parameters, or trainable weights in half precision, in which an average stands still.
+        TypeError: decay is no number and no decay, or an optimizer has no step hooks.
+        ValueError: a value out of range, a fraction of a run of unknown length, another averaging callback in the
+            Trainer, a strategy that shards the parameters, or trainable weights in half precision, in which an average
+            stands still.
     References:
         Polyak and Juditsky, 1992; Tarvainen and Valpola, 2017, arXiv:1703.01780, section 2.
         Deviates: starts as a copy of the weights after the first step; no debiasing division.
@@ -61,9 +70,13 @@ class EMA(Callback):
         >>> trainer = L.Trainer(callbacks=[EMA(decay=0.999)], logger=False, enable_checkpointing=False)
     """
 
-    def __init__(self, decay: float = 0.999) -> None:
-        check_decay("EMA", decay)
-        self.decay = decay
+    owner = "EMA"
+
+    def __init__(self, decay: float | Decay = 0.999, *, start: Duration = 0, every_n_steps: Duration = 1) -> None:
+        self.decay, self.start, self.every_n_steps = decay, start, every_n_steps
+        self._plan = Averaging(decay, start, every_n_steps)
+        self._total_steps = math.inf
+        self._steps = 0  # real steps, whether or not they are in the average
         self._average: dict[str, Tensor] | None = None
         self._raw: dict[str, Tensor] | None = None  # the raw weights, while the module holds the average
         self._updates = 0
@@ -79,11 +92,12 @@ class EMA(Callback):
     @property
     def settings(self) -> dict[str, Any]:
         """What the run's configuration shows."""
-        return {"decay": self.decay}
+        decay = describe(self.decay) if callable(self.decay) else self.decay
+        return {"decay": decay, "start": self.start, "every_n_steps": self.every_n_steps}
 
     @property
     def updates(self) -> int:
-        """Real optimizer steps that are in the average."""
+        """Updates of the average, its beginning among them: the steps whose weights are in it."""
         return self._updates
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -92,11 +106,11 @@ class EMA(Callback):
         others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, LIGHTNINGS_AVERAGES)]
         if others:
             fix = "Both would own the weights that are evaluated; keep one"
-            raise ValueError(message("EMA", "callbacks", "the only one that averages", others, fix))
+            raise ValueError(message(self.owner, "callbacks", "the only one that averages", others, fix))
         if any(isinstance(other, ModelPruning) for other in trainer.callbacks):
             fix = "It replaces the parameters that are averaged; prune after the training"
-            raise ValueError(message("EMA", "callbacks", "without ModelPruning", "ModelPruning", fix))
-        refuse_sharded("EMA", trainer)
+            raise ValueError(message(self.owner, "callbacks", "without ModelPruning", "ModelPruning", fix))
+        refuse_sharded(self.owner, trainer)
 
     # ------------------------------------------------------------------ when
 
@@ -105,15 +119,17 @@ class EMA(Callback):
         for name, parameter in pl_module.named_parameters():
             if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
                 fix = f"{name} would stand still; train with precision='bf16-mixed' or '16-mixed' instead"
-                raise ValueError(message("EMA", "precision", "one with float32 weights", parameter.dtype, fix))
+                raise ValueError(message(self.owner, "precision", "one with float32 weights", parameter.dtype, fix))
         self._find_tensors(pl_module)
         for norm in self._spectral:
             if norm.weight not in self._slots:
                 fix = "Put spectral norm first, or leave the other parametrization out"
                 got = f"{norm.left} behind one of several tensors"
-                raise ValueError(message("EMA", "parametrizations", "of one tensor before spectral norm", got, fix))
+                raise ValueError(
+                    message(self.owner, "parametrizations", "of one tensor before spectral norm", got, fix)
+                )
         if self._changed():
-            rank_zero_info("EMA: the module's weights are not those of the last fit; a new average starts.")
+            rank_zero_info(f"{self.owner}: the module's weights are not those of the last fit; a new average starts.")
             self._average, self._raw, self._updates = None, None, 0
         self._fitting = True
         if self._average is not None:
@@ -129,7 +145,19 @@ class EMA(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Update after every real optimizer step from here on."""
         self._find_tensors(pl_module)  # the module's own on_fit_start may have added some
-        self._handles = after_real_steps("EMA", trainer.optimizers, self._update)
+        if trainer.global_step == 0:
+            self._steps = 0
+        optimizers = len(trainer.optimizers)
+        steps_per_epoch = epoch_length(trainer)
+        self._plan = resolve_epochs(
+            Averaging(self.decay, self.start, self.every_n_steps),
+            math.inf if steps_per_epoch is None else steps_per_epoch * optimizers,
+        )
+        if self._plan.needs_length:
+            self._total_steps = (
+                run_length(self.owner, trainer, "Give optimizer steps where a fraction of the run is") * optimizers
+            )
+        self._handles = after_real_steps(self.owner, trainer.optimizers, self._update)
         log_settings(self, trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -146,6 +174,11 @@ class EMA(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End with the average in the module."""
+        if self._average is None and self._steps > 0 and not trainer.fast_dev_run:
+            rank_zero_warn(
+                f"{self.owner}: training ended after {self._steps} real steps, before the average started"
+                f" (start={self.start!r}); the module has its own weights."
+            )
         self.finish(trainer)
 
     def finish(self, trainer: pl.Trainer) -> None:
@@ -205,6 +238,10 @@ class EMA(Callback):
         self._buffers = [name for name, tensor in chosen.items() if not isinstance(tensor, Parameter)]
 
     def _update(self, optimizer: Optimizer) -> None:
+        self._steps += 1
+        decay = self._plan(self._steps, max(self._updates, 1), self._total_steps)
+        if decay is None:
+            return
         if self._average is None:
             self._start({name: tensor for name, tensor in self._tensors(self._slots).items() if tensor is not None})
         else:
@@ -214,7 +251,7 @@ class EMA(Callback):
                     # A buffer that grows, or was taken away, has no average: it stays as the module has it.
                     del self._average[name], weights[name]
                     self._buffers = [other for other in self._buffers if other != name]
-            ema_(list(self._average.values()), list(weights.values()), self.decay)
+            ema_(list(self._average.values()), list(weights.values()), decay)
         self._updates += 1
 
     def _show(self) -> None:
@@ -289,6 +326,7 @@ class EMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the average in `state_dict` and the raw weights beside it, whichever of them the module holds now."""
+        checkpoint["averaging_steps"] = self._steps
         if self._average is None:
             return
         if not self._slots:
@@ -326,8 +364,9 @@ class EMA(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         self._average, self._raw, self._updates, self._left = None, None, 0, None
+        self._steps = checkpoint.get("averaging_steps", checkpoint["global_step"])
         if "current_model_state" not in checkpoint:
-            rank_zero_info("EMA: the checkpoint holds no average; it starts after the next step.")
+            rank_zero_info(f"{self.owner}: the checkpoint holds no average; it starts after the next step that is due.")
             return
         self._spectral = spectral_norms(pl_module)
         unaveraged = checkpoint.get("unaveraged_weights", ())

@@ -32,6 +32,8 @@ CALLBACKS = {
     "LRSchedule": lambda: [lt.LRSchedule(lt.WarmupCosine(0.25))],
     "ParamSchedule": lambda: [lt.ParamSchedule("body.2.momentum", lt.Cosine(0.1), optimizer=0)],
     "EMA": lambda: [lt.EMA(decay=0.9)],
+    "EMA of every other step": lambda: [lt.EMA(lt.Warmed(0.9), start=3, every_n_steps=2)],
+    "PolyakAverage": lambda: [lt.PolyakAverage(start=0.4)],
     "EarlyStopping": lambda: [
         lt.EarlyStopping(monitor="val/loss", patience=100, ignore_first=1, restore_best=True),
     ],
@@ -46,6 +48,13 @@ CALLBACKS = {
         lt.UpdateMonitor(every_n_steps=2),
     ],
 }
+AVERAGED = {
+    "EMA": lambda steps: steps,
+    "all": lambda steps: steps,
+    "EMA of every other step": lambda steps: steps // 2 - 1,
+    "PolyakAverage": lambda steps: steps - int(0.4 * steps),
+}
+"""Steps that are in an average."""
 ends_elsewhere = pytest.mark.filterwarnings("ignore:.*(the schedule is for .* optimizer steps|an epoch by hand has)")
 every_callback = pytest.mark.parametrize("name", CALLBACKS)
 
@@ -187,7 +196,8 @@ def test_accumulation_counts_optimizer_steps(name):
     assert trainer.global_step == 4  # 6 batches an epoch: one window of four and a last one of two
     for callback in callbacks:
         if isinstance(callback, lt.EMA):
-            assert callback.updates == 4
+            assert callback._steps == 4
+            assert callback.updates == AVERAGED[name](4)
         if isinstance(callback, lt.LRSchedule):
             assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 4
             assert trainer.optimizers[0].param_groups[0]["lr"] == 0.0
@@ -231,7 +241,10 @@ def test_steps_that_a_scaler_skips_do_not_count(name):
     assert (trainer.global_step, count.steps) == (12, 8)
     for callback in callbacks:
         if isinstance(callback, lt.EMA):
-            assert callback.updates == 8
+            assert callback._steps == 8
+            assert callback.updates == (
+                AVERAGED[name](8) if name != "PolyakAverage" else 4
+            )  # of 12 steps 0.4 is left out
         if isinstance(callback, lt.LRSchedule):
             assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 8
         if isinstance(callback, lt.ParamSchedule):
@@ -306,6 +319,7 @@ def test_second_fit_goes_on(name):
     def tricks():
         longer = {
             lt.LRSchedule: lt.LRSchedule(lt.Linear(), 24),
+            lt.PolyakAverage: lt.PolyakAverage(start=5),
             lt.ParamSchedule: lt.ParamSchedule("body.2.momentum", lt.Cosine(0.1), 24, optimizer=0),
         }
         return [longer.get(type(callback), callback) for callback in CALLBACKS[name]()]
@@ -417,6 +431,7 @@ def test_module_is_left_as_it_was_found(name):
 TWINS = {
     "LRSchedule": "LRSchedule: callbacks must be the only one of its kind in a Trainer, got 2",
     "ParamSchedule": "ParamSchedule: callbacks must be the only one of its kind in a Trainer, got 2",
+    "PolyakAverage": "PolyakAverage: callbacks must be the only one of its kind in a Trainer, got 2",
     "EMA": "EMA: callbacks must be the only one of its kind in a Trainer, got 2",
     "EarlyStopping": "EarlyStopping: restore_best must be True in one callback only",
     "BatchTransforms": None,
@@ -455,5 +470,5 @@ def test_settings_of_every_trick_are_in_the_run_configuration():
         "BatchTransforms",
         "UpdateMonitor",
     ]
-    assert logger.hparams["tricks"]["EMA"] == {"decay": 0.9}
+    assert logger.hparams["tricks"]["EMA"] == {"decay": 0.9, "start": 0, "every_n_steps": 1}
     assert logger.hparams["tricks"]["BatchTransforms"]["transforms"][1] == "Mixup(alpha=0.5, per_sample=True)"

@@ -352,7 +352,7 @@ def test_no_hook_stays_on_an_optimizer_of_the_users_own():
 
 # ------------------------------------------------------------------------------------------------------------- refusals
 
-NAMES_TOTAL_STEPS = r"LRSchedule.*: total_steps must be given where the run does not tell it, got .*{}.* "
+NAMES_TOTAL_STEPS = r"LRSchedule.*: total_steps must be known, got .*{}.* "
 NAMES_TOTAL_STEPS += r"Give total_steps="
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_tricks.functional.averaging import can_average, check_decay, ema_
+from lightning_tricks.functional.averaging import Averaging, HalfLife, Warmed, can_average, check_decay, ema_, mean
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -149,3 +149,80 @@ def test_only_finite_floating_or_complex_tensors_can_be_averaged(tensor, expecte
     before = copy.deepcopy(tensor)
     assert can_average(tensor) is expected
     assert torch.equal(tensor.isnan(), before.isnan())
+
+
+# ------------------------------------------------------------------ decays, and when an average is updated
+
+
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_what_was_averaged_weighs_half_after_its_half_life(steps):
+    average = [torch.ones(1, dtype=torch.float64)]
+    for step in range(steps):
+        ema_(average, [torch.zeros(1, dtype=torch.float64)], HalfLife(steps)(step + 1, 5000))
+    assert average[0].item() == pytest.approx(0.5)
+    assert HalfLife(steps / 10_000)(1, 10_000) == HalfLife(steps)(1, 10_000)
+
+
+@pytest.mark.parametrize("updates", [1, 2, 10, 1000, 10**6])
+def test_warmed_decay_is_timms(updates):
+    for decay, gamma, power in ((0.9999, 1.0, 2 / 3), (0.99, 5.0, 0.75)):
+        expected = max(0.0, min(decay, 1 - (1 + updates / gamma) ** -power))
+        assert Warmed(decay, power, gamma)(updates, 10**6) == pytest.approx(expected, abs=1e-15)
+
+
+def test_average_under_the_mean_is_the_mean():
+    values = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    average = [values[0].clone()]
+    for updates, value in enumerate(values[1:], start=1):
+        ema_(average, [value], mean(updates, 50))
+    assert torch.allclose(average[0], values.mean(0), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 0.25, 0.7])
+@pytest.mark.parametrize("every", [1, 2, 3, 0.1, 0.15])
+def test_steps_that_are_due_are_those_of_an_explicit_count(start, every):
+    total = 20
+    begin = start * total if isinstance(start, float) else start
+    stretch = every * total if isinstance(every, float) else every
+    due, filled = [], 0
+    for step in range(1, total + 1):
+        complete = math.floor(step / stretch + 1e-9)
+        if complete > filled and step > begin:
+            due.append(step)
+        filled = complete
+    plan = Averaging(0.9, start, every)
+    got = [step for step in range(1, total + 1) if plan(step, 1, total) is not None]
+    assert got == due
+    assert [plan(step, 1, total) for step in got] == pytest.approx([0.9**stretch] * len(got))
+
+
+def test_mean_takes_no_notice_of_the_steps_in_between():
+    assert Averaging(mean, every_n_steps=5)(10, 3, 100) == 0.75
+
+
+def test_length_of_the_run_is_asked_for_only_where_a_fraction_is():
+    without = [Averaging(0.9), Averaging(HalfLife(5)), Averaging(Warmed(), 3, "1ep"), Averaging(mean, "1ep")]
+    assert [plan.needs_length for plan in without] == [False] * 4
+    needing = [Averaging(0.9, 0.5), Averaging(HalfLife(0.1)), Averaging(mean, 0, 0.1), Averaging(lambda n, T: 0.5)]
+    assert [plan.needs_length for plan in needing] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: HalfLife(0), ValueError, "HalfLife: duration must be at least 1"),
+        (lambda: HalfLife(1.5), ValueError, r"HalfLife: duration must be in \(0, 1\)"),
+        (lambda: HalfLife(None), TypeError, "HalfLife: duration must be a number"),
+        (lambda: Warmed(1.0), ValueError, r"Warmed: decay must be in \[0, 1\), got 1.0"),
+        (lambda: Warmed(power=0), ValueError, "Warmed: power must be finite and above 0, got 0"),
+        (lambda: Warmed(inv_gamma=-1), ValueError, "Warmed: inv_gamma must be finite and above 0"),
+        (lambda: Averaging(1.5), ValueError, r"EMA: decay must be in \[0, 1\), got 1.5"),
+        (lambda: Averaging(HalfLife), TypeError, r"EMA: decay must be a number in \[0, 1\), got <class"),
+        (lambda: Averaging("0.9"), TypeError, r"EMA: decay must be a number in \[0, 1\), got '0.9'"),
+        (lambda: Averaging(0.9, start=-1), ValueError, "EMA: start must be at least 0"),
+        (lambda: Averaging(0.9, every_n_steps=0), ValueError, "EMA: every_n_steps must be at least 1"),
+    ],
+)
+def test_wrong_values_of_a_plan(make, error, text):
+    with pytest.raises(error, match=text):
+        make()

@@ -59,7 +59,8 @@ def describe(schedule: Any) -> str:
     if dataclasses.is_dataclass(schedule) and not isinstance(schedule, type):
         fields = [f"{field.name}={describe(getattr(schedule, field.name))}" for field in dataclasses.fields(schedule)]
         kind = type(schedule)
-        name = kind.__name__ if kind in SCHEDULES.values() else f"{kind.__module__}.{kind.__qualname__}"
+        ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+        name = kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}"
         return f"{name}({', '.join(fields)})"
     if isinstance(schedule, functools.partial):
         given = [
