@@ -59,8 +59,8 @@ def test_once_an_epoch_it_is_torchs_swa():
         (lt.EMA(lt.HalfLife(0.5)), dict.fromkeys(range(1, 13), 0.5 ** (1 / 6))),
         (lt.EMA(lt.Warmed(0.8)), {k: min(0.8, 1 - (1 + (k - 1)) ** (-2 / 3)) for k in range(1, 13)}),
         (lt.EMA(0.9, start=5), dict.fromkeys(range(6, 13), 0.9)),
-        (lt.EMA(0.9, every_n_steps=4), dict.fromkeys((4, 8, 12), 0.9 ** 4)),
-        (lt.EMA(0.9, start="1ep", every_n_steps=2), dict.fromkeys((8, 10, 12), 0.9 ** 2)),
+        (lt.EMA(0.9, every_n_steps=4), dict.fromkeys((4, 8, 12), 0.9**4)),
+        (lt.EMA(0.9, start="1ep", every_n_steps=2), dict.fromkeys((8, 10, 12), 0.9**2)),
         (lt.EMA(lambda updates, total: updates / total), {k: (k - 1) / 12 for k in range(1, 13)}),
     ],
 )
