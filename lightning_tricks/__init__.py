@@ -5,11 +5,14 @@ from lightning_tricks.callbacks import (
     EMA,
     BatchTransforms,
     EarlyStopping,
+    KeepBest,
     LRSchedule,
     ParamSchedule,
     PolyakAverage,
+    SnapshotEnsemble,
     UpdateMonitor,
 )
+from lightning_tricks.ensembles import Ensemble, greedy_soup
 from lightning_tricks.functional import schedules
 from lightning_tricks.functional.averaging import HalfLife, Warmed
 from lightning_tricks.functional.schedules import (
@@ -45,11 +48,13 @@ __all__ = [
     "CosineRestarts",
     "Cutout",
     "EarlyStopping",
+    "Ensemble",
     "Exponential",
     "HalfLife",
     "InverseSqrt",
     "InverseTime",
     "Join",
+    "KeepBest",
     "LRCurve",
     "LRSchedule",
     "LabelSmoothing",
@@ -61,6 +66,7 @@ __all__ = [
     "ParamSchedule",
     "PolyakAverage",
     "Polynomial",
+    "SnapshotEnsemble",
     "Steps",
     "Triangular",
     "UpdateMonitor",
@@ -71,6 +77,7 @@ __all__ = [
     "callbacks",
     "find_lr",
     "functional",
+    "greedy_soup",
     "plot_schedule",
     "schedules",
     "soft_targets",

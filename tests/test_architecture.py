@@ -11,7 +11,7 @@ import lightning_tricks as lt
 
 ROOT = Path(lt.__file__).parent
 LAYERS = {"functional", "dispatch", "one_hot", "labels", "losses", "transforms", "loggers", "plots", "callbacks"}
-LAYERS |= {"lr_finder", "rollback", "__main__", "__init__"}
+LAYERS |= {"ensembles", "lr_finder", "rollback", "__main__", "__init__"}
 MAY_IMPORT = {
     "functional": {"functional"},
     "dispatch": set(),
@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "transforms": {"functional", "labels"},
     "loggers": set(),
     "plots": {"functional"},
-    "callbacks": {"functional", "labels", "losses", "transforms", "loggers", "callbacks"},
+    "callbacks": {"functional", "labels", "losses", "transforms", "ensembles", "loggers", "callbacks"},
+    "ensembles": {"functional"},
     "lr_finder": {"functional", "callbacks", "plots", "rollback"},
     "rollback": set(),
     "__main__": {"functional", "plots"},
@@ -37,6 +38,7 @@ OUTSIDE = {
     "loggers": {"lightning"},
     "plots": {"matplotlib"},
     "callbacks": {"torch", "lightning"},
+    "ensembles": {"torch"},
     "lr_finder": {"torch", "lightning"},
     "rollback": {"torch", "lightning"},
     "__main__": set(),
@@ -104,6 +106,7 @@ PUBLISHED = {
     "Cutout": "1708.04552",
     "EMA": "1703.01780",
     "EarlyStopping": "Prechelt",
+    "Ensemble": "1704.00109",
     "HalfLife": "1912.04958",
     "InverseSqrt": "1706.03762",
     "InverseTime": "Robbins",
@@ -117,11 +120,13 @@ PUBLISHED = {
     "ParamSchedule": "1711.05101",
     "PolyakAverage": "1803.05407",
     "Polynomial": "1606.00915",
+    "SnapshotEnsemble": "1704.00109",
     "Steps": "1512.03385",
     "Triangular": "1506.01186",
     "UpdateMonitor": "Karpathy",
     "Warmed": "Crowson",
     "find_lr": "1506.01186",
+    "greedy_soup": "2203.05482",
     "Warmup": "1706.02677",
     "WarmupCosine": "1706.02677",
     "WarmupStableDecay": "2404.06395",
@@ -150,7 +155,16 @@ def test_public_name_is_documented_in_full(name):
 
 
 def test_every_trick_that_was_published_says_where():
-    plain = {"BatchTransforms", "Constant", "Exponential", "Join", "Linear", "plot_schedule", "soft_targets"}
+    plain = {
+        "BatchTransforms",
+        "Constant",
+        "Exponential",
+        "Join",
+        "KeepBest",
+        "Linear",
+        "plot_schedule",
+        "soft_targets",
+    }
     assert set(PUBLIC) - plain == set(PUBLISHED)
 
 

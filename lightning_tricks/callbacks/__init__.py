@@ -6,6 +6,17 @@ from lightning_tricks.callbacks.ema import EMA
 from lightning_tricks.callbacks.lr_schedule import LRSchedule
 from lightning_tricks.callbacks.param_schedule import ParamSchedule
 from lightning_tricks.callbacks.polyak_average import PolyakAverage
+from lightning_tricks.callbacks.snapshot_ensemble import KeepBest, SnapshotEnsemble
 from lightning_tricks.callbacks.update_monitor import UpdateMonitor
 
-__all__ = ["EMA", "BatchTransforms", "EarlyStopping", "LRSchedule", "ParamSchedule", "PolyakAverage", "UpdateMonitor"]
+__all__ = [
+    "EMA",
+    "BatchTransforms",
+    "EarlyStopping",
+    "KeepBest",
+    "LRSchedule",
+    "ParamSchedule",
+    "PolyakAverage",
+    "SnapshotEnsemble",
+    "UpdateMonitor",
+]

@@ -333,13 +333,13 @@ class EMA(Callback):
             self._find_tensors(pl_module)
         if not self._fitting and self._changed():
             return
-        average, raw = self._both_state_dicts(trainer, checkpoint["state_dict"])
+        average, raw = self.both_state_dicts(trainer, checkpoint["state_dict"])
         checkpoint["state_dict"], checkpoint["current_model_state"] = average, raw
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._updates)}
         averaged = self._average.keys() - _vectors(self._spectral)
         checkpoint["unaveraged_weights"] = [name for name in self._slots if name not in averaged]
 
-    def _both_state_dicts(self, trainer: pl.Trainer, here: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def both_state_dicts(self, trainer: pl.Trainer, here: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The state dict of the average and of the raw weights; one of them is `here`.
 
         The module writes both, so that its own state-dict hooks apply to both.
@@ -405,5 +405,5 @@ def _save_average(
 ) -> None:
     # A copy of the module carries the wrapper along, around a copy of the callback that has no slots.
     if "callbacks" not in checkpoint and ema._average is not None and ema._slots:
-        checkpoint["state_dict"], _ = ema._both_state_dicts(pl_module.trainer, checkpoint["state_dict"])
+        checkpoint["state_dict"], _ = ema.both_state_dicts(pl_module.trainer, checkpoint["state_dict"])
     original(checkpoint)

@@ -1,6 +1,16 @@
 """The pure half: torch and the standard library alone, no trainer, no logger, no global random state."""
 
-from lightning_tricks.functional import averaging, checks, cross_entropy, erasing, mixing, norms, schedules, stopping
+from lightning_tricks.functional import (
+    averaging,
+    checks,
+    cross_entropy,
+    ensembling,
+    erasing,
+    mixing,
+    norms,
+    schedules,
+    stopping,
+)
 from lightning_tricks.functional.averaging import can_average, ema_
 from lightning_tricks.functional.cross_entropy import mixed_nll
 from lightning_tricks.functional.erasing import cutout, sample_centers
@@ -18,6 +28,7 @@ __all__ = [
     "cross_entropy",
     "cutout",
     "ema_",
+    "ensembling",
     "erasing",
     "group_norms",
     "mixed_nll",

@@ -37,6 +37,7 @@ CALLBACKS = {
     "EarlyStopping": lambda: [
         lt.EarlyStopping(monitor="val/loss", patience=100, ignore_first=1, restore_best=True),
     ],
+    "SnapshotEnsemble": lambda: [lt.SnapshotEnsemble(3, keep=2)],
     "BatchTransforms": lambda: [lt.BatchTransforms([lt.Cutout(2), lt.Mixup(0.5), lt.LabelSmoothing(0.1)], seed=3)],
     "UpdateMonitor": lambda: [lt.UpdateMonitor(every_n_steps=2)],
     "all": lambda: [
@@ -320,6 +321,7 @@ def test_second_fit_goes_on(name):
         longer = {
             lt.LRSchedule: lt.LRSchedule(lt.Linear(), 24),
             lt.PolyakAverage: lt.PolyakAverage(start=5),
+            lt.SnapshotEnsemble: lt.SnapshotEnsemble(3, keep=2, total_steps=24),
             lt.ParamSchedule: lt.ParamSchedule("body.2.momentum", lt.Cosine(0.1), 24, optimizer=0),
         }
         return [longer.get(type(callback), callback) for callback in CALLBACKS[name]()]
@@ -431,6 +433,7 @@ def test_module_is_left_as_it_was_found(name):
 TWINS = {
     "LRSchedule": "LRSchedule: callbacks must be the only one of its kind in a Trainer, got 2",
     "ParamSchedule": "ParamSchedule: callbacks must be the only one of its kind in a Trainer, got 2",
+    "SnapshotEnsemble": "SnapshotEnsemble: callbacks must be the only one of its kind in a Trainer, got 2",
     "PolyakAverage": "PolyakAverage: callbacks must be the only one of its kind in a Trainer, got 2",
     "EMA": "EMA: callbacks must be the only one of its kind in a Trainer, got 2",
     "EarlyStopping": "EarlyStopping: restore_best must be True in one callback only",
