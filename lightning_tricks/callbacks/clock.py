@@ -57,7 +57,7 @@ class Clock:
         # user's own function may look at a clock.
         self._ahead: list[float] = []
         self._begin, self._block = 0, 256 if is_ours(schedule) else 1
-        self._guess: tuple[int, int | None] | None = None  # step and epoch length at the beginning, where it is one
+        self._guess: tuple[int, int] | None = None  # steps and batches at the beginning, where they are to be equal
         self.restored = self.kept = self.told = False
 
     @property
@@ -91,7 +91,7 @@ class Clock:
         step = next(step for step, factor in seen if factor == self.highest)
         self._guess = None
         if self.given_steps is None and not trainer.lightning_module.automatic_optimization:
-            self._guess = (self.step, steps_per_epoch)
+            self._guess = (self.step, trainer.fit_loop.epoch_loop.batch_progress.total.processed)
         assumed = "" if self._guess is None else " (one for each batch is assumed)"
         self._say(
             f"{describe(self.given)} over {total_steps} optimizer steps{assumed}: factor {seen[0][1]:.4g} at first, at"
@@ -117,11 +117,14 @@ class Clock:
             return total_steps, steps_per_epoch, schedule
         return self.total_steps, self.steps_per_epoch, self._resolve(self.steps_per_epoch)
 
-    def end_epoch(self) -> None:
+    def end_epoch(self, trainer: pl.Trainer) -> None:
         """Warn once if the first epoch by hand had not the steps that were assumed."""
-        if self._guess is None or self._guess[1] is None:
+        if self._guess is None:
             return
-        done, assumed = self.step - self._guess[0], self._guess[1]
+        done = self.step - self._guess[0]
+        assumed = trainer.fit_loop.epoch_loop.batch_progress.total.processed - self._guess[1]
+        if assumed == 0:
+            return
         self._guess = None
         if abs(done - assumed) > 0.01 * assumed:
             self.told = True
@@ -239,16 +242,18 @@ def run_length(
         raise ValueError(message(owner, "total_steps", "known", got, fix))
     if trainer.max_epochs in (None, -1) or steps_per_epoch is None:
         return trainer.max_steps
-    loop = trainer.fit_loop
-    done, epochs = trainer.global_step, trainer.max_epochs - trainer.current_epoch
-    if not trainer.lightning_module.automatic_optimization:
-        done = loop.epoch_loop.batch_progress.total.ready
-    total_steps = done + epochs * steps_per_epoch
-    progress = loop.epoch_progress.current
-    if (
-        loop.restarting and progress.started > progress.processed
-    ):  # in the middle of an epoch: of its steps some are done
-        total_steps -= loop.epoch_loop.batch_progress.current.ready // trainer.accumulate_grad_batches
+    loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    automatic = trainer.lightning_module.automatic_optimization
+    done = trainer.global_step if automatic else epoch_loop.batch_progress.total.processed
+    # `current_epoch` is one too low after a resume under max_steps.
+    total_steps: int = done + (trainer.max_epochs - loop.epoch_progress.current.processed) * steps_per_epoch
+    if loop.restarting:  # maybe in mid-epoch: of its steps some are done, and a batch that failed is done again
+        ended = epoch_loop.restarted_on_train_batch_end
+        batches = epoch_loop.batch_progress.current.completed + ended
+        if batches < trainer.num_training_batches:
+            total_steps -= batches // trainer.accumulate_grad_batches
+        elif not ended:  # else Lightning begins a new epoch
+            total_steps -= steps_per_epoch
     return total_steps if trainer.max_steps == -1 else min(total_steps, trainer.max_steps)
 
 

@@ -60,6 +60,7 @@ class Scheduled(Callback):
         self._options = total_steps, on_new_horizon, on_mismatch
         self.name, self.schedule, self.total_steps = name, schedule, total_steps
         self.optimizer, self.prog_bar = optimizer, prog_bar
+        self._logging = self._resumed = False
         self._targets: dict[int, Target] = {}
         self._handles: list[RemovableHandle] = []
         self._loaded: dict[int, dict[str, Any]] = {}  # states of a checkpoint
@@ -94,6 +95,7 @@ class Scheduled(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the clocks, and let them go on from a checkpoint or from the fit before."""
         chosen = chosen_optimizers(self.owner, trainer, self.optimizer)
+        self._resumed = bool(self._loaded)
         states, self._loaded = self._loaded or (self._last if trainer.global_step > 0 else {}), {}
         for place, optimizer in chosen.items():
             parts = [repr(self.name)] if self.name != "lr" else []
@@ -111,13 +113,14 @@ class Scheduled(Callback):
             self.apply(target)
             self._compare_bases(target)
             self._handles += after_real_steps(self.owner, [target.optimizer], partial(self._advance, target))
+        self._logging = bool(trainer.loggers) and self.logs(trainer)
         log_settings(self, trainer)
 
     def _compare_bases(self, target: Target) -> None:
         """Say that a resumed optimizer has the base values of its checkpoint, if those of the code are others."""
         bases = [group.get(f"initial_{self.name}") for group in target.optimizer.param_groups]
         pairs = [(float(old), float(new)) for old, new in zip(bases, target.given, strict=False) if old and new]
-        if target.clock.restored and any(old != new for old, new in pairs):
+        if self._resumed and any(old != new for old, new in pairs):
             old, new = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             rank_zero_info(
                 f"{target.clock.owner}: the base values are the checkpoint's, {old}, and not those of the code, {new}:"
@@ -132,7 +135,7 @@ class Scheduled(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Show the values that the batch is trained with."""
-        if trainer._logger_connector.should_update_logs and trainer.loggers and self.logs(trainer):
+        if self._logging and trainer._logger_connector.should_update_logs:
             log_scalars(trainer, self.values(trainer))
         if self.prog_bar:
             pl_module.log_dict(self.values(trainer), prog_bar=True, logger=False)
@@ -144,7 +147,7 @@ class Scheduled(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare an epoch by hand with what was assumed of it."""
         for target in self._targets.values():
-            target.clock.end_epoch()
+            target.clock.end_epoch(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop counting, and compare the schedule's end with the training's."""

@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
@@ -1342,3 +1343,88 @@ def test_copy_of_a_callback_in_mid_run_has_its_step():
 
     fit([lt.LRSchedule(lt.Linear()), Copy()])
     assert copies == [12] * 12
+
+
+def length_of(trainer):
+    clock = trainer.lr_scheduler_configs[0].scheduler.clock
+    return clock.total_steps, clock.step
+
+
+def test_length_under_both_limits_is_the_same_after_a_resume(tmp_path):
+    limits = {"max_epochs": 4, "max_steps": 1000}
+    fit([lt.LRSchedule(lt.Linear()), every_epoch(tmp_path)], **limits)
+    trainer, _ = fit(
+        [lt.LRSchedule(lt.Linear()), every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=1.ckpt", **limits
+    )
+    # Lightning counts an epoch without batches after such a resume.
+    total, done = length_of(trainer)
+    assert total == done
+
+
+def test_checkpoint_of_the_validation_at_an_epochs_end_has_its_last_window(tmp_path):
+    def save(folder):
+        return ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=False)
+
+    options = {"accumulate_grad_batches": 4, "max_epochs": 3}
+    fit([lt.LRSchedule(lt.Linear()), save(tmp_path)], **options)
+    callbacks = [lt.LRSchedule(lt.Linear()), save(tmp_path / "rest")]
+    trainer, _ = fit(callbacks, ckpt_path=tmp_path / "epoch=0.ckpt", **options)
+    assert length_of(trainer) == (6, 6)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_batch_that_failed_is_counted_once_it_is_done(tmp_path):
+    with pytest.raises(RuntimeError, match="failed in training"):
+        fit([lt.LRSchedule(lt.Linear()), OnExceptionCheckpoint(tmp_path)], Net(fail_at=("train", 8)), max_epochs=3)
+    callbacks = [lt.LRSchedule(lt.Linear()), OnExceptionCheckpoint(tmp_path / "rest")]
+    trainer, _ = fit(callbacks, ckpt_path=tmp_path / "on_exception.ckpt", max_epochs=3)
+    assert length_of(trainer) == (18, 18)
+
+
+def test_fit_by_hand_that_was_broken_off_and_called_again_ends_at_the_end():
+    class Steps(ByHand):
+        fail = True
+
+        def training_step(self, batch, batch_idx):
+            if self.fail and self.global_step == 8:
+                raise RuntimeError("failed by hand")
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    module = Steps()
+    trainer = make_trainer([lt.LRSchedule(lt.Linear())], max_epochs=3)
+    with pytest.raises(RuntimeError, match="failed by hand"):
+        trainer.fit(module, loader(), loader(8))
+    module.fail = False
+    trainer.fit(module, loader(), loader(8))
+    assert length_of(trainer) == (20, 20)
+
+
+def test_epoch_by_hand_that_ends_early_is_not_taken_for_a_wrong_length():
+    class Steps(ByHand):
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    trainer, _ = fit([lt.LRSchedule(lt.Linear())], Steps(), max_epochs=3, max_steps=4)  # a warning would be an error
+    assert length_of(trainer) == (4, 4)
+
+
+def test_optimizer_of_the_users_own_in_a_second_fit_is_no_checkpoint(told):
+    class Own(Net):
+        def __init__(self):
+            super().__init__()
+            self.mine = torch.optim.SGD(self.head.parameters(), lr=0.1)
+
+        def configure_optimizers(self):
+            return self.mine
+
+    module = Own()
+    trainer, _ = fit([lt.LRSchedule(lt.Linear(end=0.1))], module)
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(module, loader(), loader(8))
+    assert not any("base values" in line for line in told())
