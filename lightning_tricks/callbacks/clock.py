@@ -238,6 +238,8 @@ def run_length(
         got = "endless training (neither max_epochs nor max_steps ends it)"
     elif steps_per_epoch is None and trainer.max_steps == -1:
         got = "a loader without a length and no max_steps"
+    elif steps_per_epoch is None and trainer.max_epochs not in (None, -1):
+        got = "a loader without a length, and max_epochs beside max_steps"
     if got is not None:
         raise ValueError(message(owner, "total_steps", "known", got, fix))
     if trainer.max_epochs in (None, -1) or steps_per_epoch is None:

@@ -1428,3 +1428,12 @@ def test_optimizer_of_the_users_own_in_a_second_fit_is_no_checkpoint(told):
     trainer.fit_loop.max_epochs = 4
     trainer.fit(module, loader(), loader(8))
     assert not any("base values" in line for line in told())
+
+
+def test_epochs_of_a_loader_without_a_length_beside_max_steps_ask_for_total_steps():
+    with pytest.raises(ValueError, match=NAMES_TOTAL_STEPS.format("max_epochs beside max_steps")):
+        fit([lt.LRSchedule(lt.Linear())], train=DataLoader(Unsized(), batch_size=4), max_epochs=2, max_steps=100)
+    trainer, _ = fit(
+        [lt.LRSchedule(lt.Linear())], train=DataLoader(Unsized(), batch_size=4), max_epochs=-1, max_steps=10
+    )
+    assert length_of(trainer) == (10, 10)
