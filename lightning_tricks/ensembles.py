@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_tricks.functional.checks import check_flag, check_number, message
 from lightning_tricks.functional.ensembling import log_mean_logits, log_mean_probability, log_vote, weighted_average
+from lightning_tricks.functional.slots import weight_slots
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -79,7 +80,9 @@ class Ensemble(nn.Module):
             fix = "'probability' is usual"
             raise ValueError(message("Ensemble", "combine", f"one of {', '.join(COMBINE)}", combine, fix))
         self.module, self.combine = module, combine
-        self._slots = _slots(module)
+        self._slots: dict[str, tuple[dict[str, Any], str]] = {
+            name: (holder, key) for name, holder, key in weight_slots(module)
+        }
         self._sources = list(state_dicts)
         self._kept: dict[int, list[Tensor]] = {}  # the tensors of members that are in memory, in the slots' order
         for index, source in enumerate(self._sources):
@@ -379,18 +382,3 @@ def _checked(output: Any) -> Tensor:
             message("Ensemble", "module", "one that returns a tensor of logits", type(output).__name__, fix)
         )
     return output
-
-
-def _slots(module: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Where the parameters and persistent buffers live: what holds them, and their key there; tied ones once.
-
-    A tensor is looked up when it is needed, since `Module.to` puts new buffers in the place of the old.
-    """
-    found: dict[int, tuple[str, tuple[dict[str, Any], str]]] = {}
-    for prefix, child in module.named_modules():
-        buffers = {key: t for key, t in child._buffers.items() if key not in child._non_persistent_buffers_set}
-        for holder, tensors in ((child._parameters, child._parameters), (child._buffers, buffers)):
-            for key, tensor in tensors.items():
-                if tensor is not None:
-                    found.setdefault(id(tensor), (f"{prefix}.{key}" if prefix else key, (holder, key)))
-    return dict(found.values())

@@ -11,8 +11,9 @@ from torch.nn import Parameter
 
 from lightning_tricks.callbacks.ema import EMA
 from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES
-from lightning_tricks.callbacks.weights import named_weights, weight_slots
+from lightning_tricks.callbacks.weights import named_weights
 from lightning_tricks.functional.checks import message
+from lightning_tricks.functional.slots import weight_slots
 from lightning_tricks.functional.stopping import Patience, PatienceState
 from lightning_tricks.loggers import log_settings
 

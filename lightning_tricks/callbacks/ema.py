@@ -23,11 +23,11 @@ from lightning_tricks.callbacks.weights import (
     leading_singular_vectors,
     named_weights,
     spectral_norms,
-    weight_slots,
 )
 from lightning_tricks.functional.averaging import Averaging, Decay, can_average, ema_
 from lightning_tricks.functional.checks import message
 from lightning_tricks.functional.schedules import Duration, describe, resolve_epochs
+from lightning_tricks.functional.slots import weight_slots
 from lightning_tricks.loggers import log_settings
 
 

@@ -1,6 +1,6 @@
 """The tensors that make up a model's weights, and whether they were changed in between."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple, cast
 
 import torch
@@ -9,27 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from lightning_tricks.functional.slots import weight_slots
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def weight_slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str]]:
-    """Where the parameters and persistent buffers of a module live; tied ones once.
-
-    Args:
-        module: any module.
-    Returns:
-        (full name, the dictionary that holds the tensor, its key there); a buffer that is assigned anew is found again
-        through its dictionary.
-    """
-    seen: set[int] = set()
-    for prefix, child in module.named_modules():
-        persistent = [key for key in child._buffers if key not in child._non_persistent_buffers_set]
-        slots = [(child._parameters, key) for key in child._parameters] + [(child._buffers, key) for key in persistent]
-        for holder, key in slots:
-            tensor = holder[key]
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield f"{prefix}.{key}" if prefix else key, holder, key
 
 
 def named_weights(module: nn.Module) -> dict[str, Tensor]:

@@ -954,7 +954,8 @@ def test_checkpoint_without_any_scheduler_is_gone_on_with(way, tmp_path, told):
 def test_equal_schedules_written_otherwise_are_the_same(tmp_path):
     fit([lt.LRSchedule(lt.Join([lt.Constant(), lt.Linear()], [3])), every_epoch(tmp_path)])
     again = lt.LRSchedule(lt.Join((lt.Constant(1.0), lt.Linear(1, 0)), (3,)))
-    fit([again, every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt")
+    trainer, _ = fit([again, every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert trainer.lr_scheduler_configs[0].scheduler.clock.restored
 
 
 def test_run_that_was_saved_after_it_had_ended_goes_on(tmp_path):
