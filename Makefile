@@ -2,10 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint wheel clean
+.PHONY: demo averages test test-slow lint wheel clean
 
 demo: .venv/installed
 	$(BIN)/python examples/digits.py
+
+averages: .venv/installed
+	$(BIN)/python examples/averages.py --out docs/averages_digits.md
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -11,7 +11,7 @@ import lightning_tricks as lt
 
 ROOT = Path(lt.__file__).parent
 LAYERS = {"functional", "dispatch", "one_hot", "labels", "losses", "transforms", "loggers", "plots", "callbacks"}
-LAYERS |= {"ensembles", "lr_finder", "rollback", "__main__", "__init__"}
+LAYERS |= {"averages", "ensembles", "lr_finder", "post_hoc", "rollback", "__main__", "__init__"}
 MAY_IMPORT = {
     "functional": {"functional"},
     "dispatch": set(),
@@ -21,9 +21,21 @@ MAY_IMPORT = {
     "transforms": {"functional", "labels"},
     "loggers": set(),
     "plots": {"functional"},
-    "callbacks": {"functional", "labels", "losses", "transforms", "ensembles", "loggers", "callbacks"},
+    "callbacks": {
+        "functional",
+        "labels",
+        "losses",
+        "transforms",
+        "ensembles",
+        "loggers",
+        "post_hoc",
+        "rollback",
+        "callbacks",
+    },
+    "averages": {"functional", "callbacks"},
     "ensembles": {"functional"},
     "lr_finder": {"functional", "callbacks", "plots", "rollback"},
+    "post_hoc": {"functional", "ensembles"},
     "rollback": set(),
     "__main__": {"functional", "plots"},
     "__init__": LAYERS,
@@ -37,9 +49,11 @@ OUTSIDE = {
     "transforms": {"torch"},
     "loggers": {"lightning"},
     "plots": {"matplotlib"},
-    "callbacks": {"torch", "lightning"},
+    "averages": {"torch", "lightning"},
+    "callbacks": {"torch", "torchmetrics", "lightning"},
     "ensembles": {"torch"},
     "lr_finder": {"torch", "lightning"},
+    "post_hoc": {"torch"},
     "rollback": {"torch", "lightning"},
     "__main__": set(),
     "__init__": set(),
@@ -120,6 +134,8 @@ PUBLISHED = {
     "ParamSchedule": "1711.05101",
     "PolyakAverage": "1803.05407",
     "Polynomial": "1606.00915",
+    "PostHocEMA": "2312.02696",
+    "PowerFunction": "2312.02696",
     "SnapshotEnsemble": "1704.00109",
     "Steps": "1512.03385",
     "Triangular": "1506.01186",
@@ -130,6 +146,7 @@ PUBLISHED = {
     "Warmup": "1706.02677",
     "WarmupCosine": "1706.02677",
     "WarmupStableDecay": "2404.06395",
+    "synthesize_ema": "2312.02696",
 }
 
 
@@ -162,6 +179,7 @@ def test_every_trick_that_was_published_says_where():
         "Join",
         "KeepBest",
         "Linear",
+        "load_average",
         "plot_schedule",
         "soft_targets",
     }

@@ -1,4 +1,5 @@
 import csv
+import importlib
 import os
 import re
 import statistics
@@ -6,15 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from offline_wandb import read_run, runs
+from scipy import stats
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRICKS = {"LRSchedule", "EMA", "EarlyStopping", "BatchTransforms", "UpdateMonitor"}
 
 
-def demo(*arguments: str) -> str:
-    """Run the demo as a user would, and return what it printed."""
-    command = [sys.executable, str(EXAMPLES / "digits.py"), *arguments]
+def demo(*arguments: str, script: str = "digits.py") -> str:
+    """Run an example as a user would, and return what it printed."""
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -73,9 +78,80 @@ def test_the_plain_module_knows_nothing_of_the_package():
     assert "lightning_tricks" not in (EXAMPLES / "plain_module.py").read_text()
 
 
-def test_help_explains_every_option():
-    options = re.findall(r'add_argument\(\s*"(--[a-z]+)"', (EXAMPLES / "digits.py").read_text())
-    assert {"--seeds", "--epochs", "--output", "--project", "--fast"} <= set(options)
-    text = demo("--help")
+@pytest.mark.parametrize(
+    ("script", "some"),
+    [("digits.py", "--seeds --epochs --output --project --fast"), ("averages.py", "--seeds --steps --out --fast")],
+)
+def test_help_explains_every_option(script, some):
+    options = re.findall(r'add_argument\(\s*"(--[a-z-]+)"', (EXAMPLES / script).read_text())
+    assert set(some.split()) <= set(options)
+    text = demo("--help", script=script)
     for option in options:
-        assert re.search(rf"^  {option}( [A-Z]+)?\s+\w+(\s+[^\s-]\S*){{3}}", text, re.MULTILINE), option
+        assert re.search(rf"^  {option}( \S+)?\s+\w+(\s+[^\s-]\S*){{3}}", text, re.MULTILINE), option
+
+
+@pytest.fixture
+def averages(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("averages")
+
+
+def test_the_averages_example_writes_the_table_that_it_prints(tmp_path):
+    path = tmp_path / "new" / "table.md"
+    printed = demo("--fast", "--out", str(path), script="averages.py")
+    text = path.read_text()
+    assert printed.endswith(text)
+    assert not re.search(r"\bnan\b|/home/|/tmp/", text)
+    assert all(len(line) <= 120 for line in text.splitlines())
+    table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert {row[0] for row in table} > {"single model, cosine", "EMA, cosine", "Polyak average, constant rate"}
+    assert [row[-1] for row in table].count("5") == 3
+    reference = table[0]
+    assert reference[2] == reference[4] == ""
+    for row in table[1:]:
+        for value, difference, digits in ((1, 2, 2), (3, 4, 4)):
+            expected = float(row[value]) - float(reference[value])
+            assert float(row[difference].strip("*").split()[0]) == pytest.approx(expected, abs=2 * 10**-digits)
+
+
+def test_every_row_of_the_averages_example_has_the_same_budget(averages):
+    averages.quieten()
+    task = averages.draw(seed=0, steps=20, judge="val")
+    steps = []
+    counting = register_optimizer_step_post_hook(lambda *_: steps.append(1))
+    try:
+        for name, arm in averages.ARMS.items():
+            steps.clear()
+            assert arm(task, averages.BEST_RATE[name])
+            assert len(steps) == 20, name
+    finally:
+        counting.remove()
+
+
+def test_no_picture_of_the_averages_example_is_used_twice(averages):
+    for seed in (0, 100):
+        task = averages.draw(seed, steps=10, judge="test")
+        sets = [task.train, task.val.dataset, task.judge.dataset]
+        assert [len(part) for part in sets] == [averages.TRAIN, averages.VAL, averages.TEST]
+        pictures = torch.cat([part.tensors[0] for part in sets])
+        assert len(pictures.unique(dim=0)) == len(pictures)
+    again = averages.draw(0, steps=10, judge="test").judge.dataset
+    assert torch.equal(again.tensors[1], sets[2].tensors[1])
+
+
+def test_the_interval_of_the_averages_example_is_that_of_a_paired_t_test(averages):
+    values = [0.5, 1.0, -0.25, 0.75, 0.5]
+    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    mean, margin = (low + high) / 2, (high - low) / 2
+    assert averages.difference(values, 3) == f"{mean:+.3f} +/- {margin:.3f}"
+    assert averages.difference([value + 1 for value in values], 3) == f"**{mean + 1:+.3f} +/- {margin:.3f}**"
+
+
+def test_the_verdict_of_the_averages_example_names_what_is_bold_by_its_meaning(averages):
+    first = [averages.Score(90 + seed, 0.5, 1) for seed in range(3)]
+    better = [averages.Score(92 + 1.1 * seed, 0.4, 1) for seed in range(3)]
+    noise = [averages.Score(91 - seed, 0.5 + 0.1 * (seed - 1), 1) for seed in range(3)]
+    text = averages.verdict(averages.table({"one": first, "good": better, "same": noise}))
+    assert text.endswith("by accuracy: good. By cross-entropy: good. Worse, by accuracy: none. By cross-entropy: none.")
+    text = averages.verdict(averages.table({"good": better, "one": first, "same": noise}))
+    assert text.endswith("by accuracy: none. By cross-entropy: none. Worse, by accuracy: one. By cross-entropy: one.")

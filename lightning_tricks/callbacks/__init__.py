@@ -6,6 +6,7 @@ from lightning_tricks.callbacks.ema import EMA
 from lightning_tricks.callbacks.lr_schedule import LRSchedule
 from lightning_tricks.callbacks.param_schedule import ParamSchedule
 from lightning_tricks.callbacks.polyak_average import PolyakAverage
+from lightning_tricks.callbacks.post_hoc_ema import PostHocEMA
 from lightning_tricks.callbacks.snapshot_ensemble import KeepBest, SnapshotEnsemble
 from lightning_tricks.callbacks.update_monitor import UpdateMonitor
 
@@ -17,6 +18,7 @@ __all__ = [
     "LRSchedule",
     "ParamSchedule",
     "PolyakAverage",
+    "PostHocEMA",
     "SnapshotEnsemble",
     "UpdateMonitor",
 ]

@@ -34,7 +34,8 @@ class BatchTransforms(Callback):
     right loss of them, and its metrics see the dominant label of each sample.
 
     A batch's draws are a function of (seed, rank, epoch, batch index): every rank and epoch differs, a resumed run
-    draws what the run it continues would have drawn, and torch's global generator is untouched.
+    draws what the run it continues would have drawn, and torch's global generator is untouched. Ranks that share their
+    batches (tensor parallelism) draw alike.
 
     Args:
         transforms: callables `(images, labels, generator=None, inplace=False) -> (images, labels)`, as `Mixup(0.2)`.
@@ -232,7 +233,9 @@ class BatchTransforms(Callback):
 
     def _generator(self, trainer: pl.Trainer) -> Generator:
         batch_idx = trainer.fit_loop.batch_idx + 1  # of the batch that is on its way
-        place = (self._seed, trainer.global_rank, trainer.current_epoch, batch_idx, self._index)
+        # By which the loader's batches are dealt: ranks that share a batch have it in common.
+        rank = (trainer.distributed_sampler_kwargs or {}).get("rank", trainer.global_rank)
+        place = (self._seed, rank, trainer.current_epoch, batch_idx, self._index)
         digest = hashlib.blake2b(repr(place).encode(), digest_size=8).digest()
         return Generator().manual_seed(int.from_bytes(digest, "little"))
 

@@ -4,13 +4,15 @@ from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
-from torch.nn import Parameter
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_tricks.callbacks.ema import EMA
-from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES
+from lightning_tricks.callbacks.shards import hold_parts, split_as
+from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES, refuse_sharded
 from lightning_tricks.callbacks.weights import named_weights
 from lightning_tricks.functional.checks import message
 from lightning_tricks.functional.slots import weight_slots
@@ -31,7 +33,9 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
     new Trainer begins anew.
 
     `restore_best` keeps the weights that produced the best score: the average of `EMA` if validation evaluated that.
-    `fit` ends with them in the module, whatever the order of the callbacks; checkpoints carry them for a resume.
+    `fit` ends with them in the module, whatever the order of the callbacks; checkpoints carry them for a resume. Of
+    parameters in parts (DTensor: FSDP2, tensor parallelism) each rank keeps its own; a checkpoint has whole ones, also
+    one that is distributed, which rank 0 gathers one at a time.
 
     Args:
         monitor: metric to look at, as the module logs it.
@@ -50,7 +54,8 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
             can be the best.
         restore_best: end `fit` with the weights of the best score.
     Raises:
-        TypeError, ValueError: an argument out of range, or `restore_best` in two callbacks of one Trainer.
+        TypeError, ValueError: an argument out of range, or `restore_best` in two callbacks of one Trainer, or with
+            FSDP1 or DeepSpeed.
         RuntimeError: the metric is missing and `strict`.
     References:
         Prechelt, "Early Stopping - But When?", 1998, the criterion UP.
@@ -134,6 +139,8 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
             fix = "Both would own the weights that fit ends with; keep it on one"
             raise ValueError(message("EarlyStopping", "restore_best", "True in one callback only", owners, fix))
         others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, LIGHTNINGS_AVERAGES)]
+        if self.restore_best:
+            refuse_sharded("EarlyStopping", trainer, dtensors=True)
         if self.restore_best and others:
             fix = "It cannot see what that evaluates, and that overwrites the final weights; use lightning_tricks.EMA"
             condition = "False beside Lightning's averaging"
@@ -153,6 +160,8 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing to check yet: Lightning may end the epoch of a checkpoint once more, without having trained."""
         self._has_news = False
+        if self.best_weights is not None:  # a checkpoint has whole ones
+            self.best_weights = _parts(self.best_weights, pl_module)
         log_settings(self, trainer)
 
     def on_train_batch_end(
@@ -209,13 +218,14 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         for callback in trainer.callbacks:
             if isinstance(callback, EMA):
                 callback.finish(trainer)
+        best_weights = _parts(self.best_weights, pl_module)
         for name, holder, key in weight_slots(pl_module):
-            tensor, best = holder[key], self.best_weights.get(name)
+            tensor, best = holder[key], best_weights.get(name)
             if tensor is None or best is None:
                 continue
             if tensor.shape == best.shape:
                 tensor.detach().copy_(best)
-            elif isinstance(tensor, Parameter):
+            elif isinstance(tensor, nn.Parameter):
                 tensor.data = best.to(tensor.device)
             else:  # a buffer that has grown since
                 holder[key] = best.to(tensor.device)
@@ -269,17 +279,24 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
 
     def _weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule, evaluated: bool) -> dict[str, Tensor]:
         """Copies of the weights that validation evaluated last, or of the raw ones."""
+        hold_parts(pl_module)
         weights = named_weights(pl_module)
         for callback in trainer.callbacks:
             if isinstance(callback, EMA):
-                weights |= callback.evaluated_weights() if evaluated else callback.raw_weights()
+                weights |= callback.evaluated_weights(self.monitor) if evaluated else callback.raw_weights()
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's state, the checks seen, and the best weights if they are to be restored."""
-        own = {"checks": self.checks, "best_weights": self.best_weights, "pending": self._pending}
+        """Lightning's state, the checks seen, and the best weights if they are to be restored.
+
+        Parts are gathered, by all ranks together, and rank 0 alone has the whole then.
+        """
+        pending = self._pending
+        if pending is not None:
+            pending = pending[0], _whole(pending[1])
+        own = {"checks": self.checks, "best_weights": _whole(self.best_weights), "pending": pending}
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -292,3 +309,23 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         self.best_weights = state_dict.get("best_weights")
         self._pending = state_dict.get("pending")
         self._resumed = True
+
+
+def _whole(weights: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The weights with whole tensors in place of parts; on rank 0 alone where there are parts."""
+    if weights is None or not any(isinstance(tensor, DTensor) for tensor in weights.values()):
+        return weights
+    gathered = {}
+    for name, tensor in weights.items():
+        if isinstance(tensor, DTensor):  # the ranks exchange tensors where the mesh is, which may be a GPU
+            tensor = tensor.to(tensor.device_mesh.device_type).full_tensor()
+        if dist.get_rank() == 0:
+            gathered[name] = tensor.cpu()
+    return gathered
+
+
+def _parts(weights: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The weights with each rank's own part of those that the module has in parts; no communication."""
+    hold_parts(module)
+    live = named_weights(module)
+    return {name: split_as(tensor, live.get(name)) for name, tensor in weights.items()}

@@ -166,31 +166,44 @@ class LRSchedule(Scheduled):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put schedulers where torch's would be, before Lightning restores a checkpoint."""
-        foreign, self._foreign = self._foreign, []
         super().on_fit_start(trainer, pl_module)
         configs = trainer.lr_scheduler_configs
         theirs = [config for config in configs if not isinstance(config.scheduler, ScheduledLR)]
         replaced = self._replaced(theirs)
-        # A checkpoint had schedulers that are not the module's any more: those of optimizers without a clock of ours.
-        if len(foreign) > len(theirs) - len(replaced):
-            names = f"a scheduler of torch with {_plain(foreign[-1])}"
-            if any({"max_lrs", "_schedule_phases"} & state.keys() for state in foreign):
-                raise ValueError(message("LRSchedule", "checkpoint", BASE_KEPT, names, BASE_LOST))
-            for target in self._targets.values():
-                if not target.clock.restored:
-                    target.clock.check_same(names)
+        self._meet_foreign(len(theirs) - len(replaced))
+        groups = [group for target in self._targets.values() for group in target.optimizer.param_groups]
+        fresh = [group for group in groups if "initial_lr" not in group]
         ours = {
             id(target.optimizer): LRSchedulerConfig(
                 ScheduledLR(target.optimizer, target.clock), interval="step", frequency=sys.maxsize
             )
             for target in self._targets.values()
         }
+        if trainer.strategy.restore_checkpoint_after_setup:
+            for group in fresh:  # a distributed checkpoint must have all that the groups have; the clock has the base
+                group.pop("initial_lr", None)
         # In place of what it replaces: a module that steps its schedulers by hand knows them by their order. Beside
         # schedulers of other optimizers it stays out, so that the module has as many as it returned.
         configs = [
             ours.get(id(config.scheduler.optimizer), config) if config in replaced else config for config in configs
         ]
         trainer.strategy.lr_scheduler_configs = configs if theirs else [*configs, *ours.values()]
+
+    def _meet_foreign(self, others: int) -> None:
+        """Refuse, or say, that a checkpoint had schedulers that are not the module's any more.
+
+        Args:
+            others: how many the module still has, for optimizers without a clock of ours.
+        """
+        foreign, self._foreign = self._foreign, []
+        if len(foreign) <= others:
+            return
+        names = f"a scheduler of torch with {_plain(foreign[-1])}"
+        if any({"max_lrs", "_schedule_phases"} & state.keys() for state in foreign):
+            raise ValueError(message("LRSchedule", "checkpoint", BASE_KEPT, names, BASE_LOST))
+        for target in self._targets.values():
+            if not target.clock.restored:
+                target.clock.check_same(names)
 
     def _replaced(self, configs: list[LRSchedulerConfig]) -> list[LRSchedulerConfig]:
         """The module's own schedulers of these optimizers; an error unless they are to be replaced."""
@@ -215,6 +228,13 @@ class LRSchedule(Scheduled):
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if trainer.state.fn == TrainerFn.FITTING:
             self._foreign = [state for state in checkpoint.get("lr_schedulers", []) if state]  # ours are empty
+            if self._targets:
+                configs = trainer.lr_scheduler_configs
+                if self._foreign:  # whose rates of the moment are no base
+                    for target in self._targets.values():
+                        for group, base in zip(target.optimizer.param_groups, target.given, strict=True):
+                            group.setdefault("initial_lr", base)
+                self._meet_foreign(sum(not isinstance(config.scheduler, ScheduledLR) for config in configs))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the length and the batch from the run, and begin."""
@@ -255,28 +275,37 @@ class LRSchedule(Scheduled):
         return not any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)
 
 
-def global_batch_size(trainer: pl.Trainer) -> tuple[int, int, int]:
+def global_batch_size(
+    trainer: pl.Trainer,
+    owner: str = "LRSchedule",
+    name: str = "scale_with_batch",
+    otherwise: str = "None",
+    fix: str = "Leave it out and scale the base rates yourself",
+) -> tuple[int, int, int]:
     """How many samples an optimizer step sees: the product of the three numbers.
 
     Args:
         trainer: the trainer in `on_train_start`.
+        owner: callback named in an error.
+        name: argument named in an error.
+        otherwise: what that must be where the number is not known.
+        fix: what to do then.
     Returns:
         Samples of a batch of the training loader on one rank, batches of an optimizer step, and ranks of all nodes that
         have batches of their own.
     Raises:
         ValueError: the batch size is not known, or the accumulation changes.
     """
-    fix = "Leave it out and scale the base rates yourself"
     if changes_accumulation(trainer):
         got = "GradientAccumulationScheduler"
-        raise ValueError(message("LRSchedule", "scale_with_batch", "None where the accumulation changes", got, fix))
+        raise ValueError(message(owner, name, f"{otherwise} where the accumulation changes", got, fix))
     loader = trainer.train_dataloader
     size = getattr(loader, "batch_size", None)
     if size is None:
         size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
     if not isinstance(size, int):
         got = type(loader).__name__
-        raise ValueError(message("LRSchedule", "scale_with_batch", "None where the loader has no batch_size", got, fix))
+        raise ValueError(message(owner, name, f"{otherwise} where the loader has no batch_size", got, fix))
     ranks = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
     # The optimizer steps at an epoch's end, however many batches it was to wait for.
     return size, int(min(trainer.accumulate_grad_batches, trainer.num_training_batches)), ranks

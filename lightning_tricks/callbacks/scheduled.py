@@ -95,16 +95,26 @@ class Scheduled(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make the clocks, and let them go on from a checkpoint or from the fit before."""
         chosen = chosen_optimizers(self.owner, trainer, self.optimizer)
-        self._resumed = bool(self._loaded)
-        states, self._loaded = self._loaded or (self._last if trainer.global_step > 0 else {}), {}
         for place, optimizer in chosen.items():
             parts = [repr(self.name)] if self.name != "lr" else []
             parts += [f"optimizer={place}"] if len(trainer.optimizers) > 1 else []
             label = f"{self.owner}({', '.join(parts)})" if parts else self.owner
             given = [read_value(group, self.name) for group in optimizer.param_groups]
             self._targets[place] = Target(optimizer, Clock(label, self.schedule, *self._options), given)
-            if place in states:
-                self._targets[place].clock.load_state_dict(states[place])
+        self._take_up(self._last if trainer.global_step > 0 else {})
+
+    def _take_up(self, last: dict[int, dict[str, Any]]) -> None:
+        """Let the clocks go on from a checkpoint, or else from this."""
+        self._resumed = bool(self._loaded)
+        states, self._loaded = self._loaded or last, {}
+        for place, target in self._targets.items():
+            if place not in states:
+                continue
+            target.clock.load_state_dict(states[place])
+            # Of a distributed checkpoint an optimizer takes up only what it has itself by now.
+            for group, base in zip(target.optimizer.param_groups, states[place].get("bases", ()), strict=False):
+                if self._resumed and base is not None:
+                    group[f"initial_{self.name}"] = base
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the length from the run, set the values of the first step, and count real steps from here."""
@@ -118,8 +128,8 @@ class Scheduled(Callback):
 
     def _compare_bases(self, target: Target) -> None:
         """Say that a resumed optimizer has the base values of its checkpoint, if those of the code are others."""
-        bases = [group.get(f"initial_{self.name}") for group in target.optimizer.param_groups]
-        pairs = [(float(old), float(new)) for old, new in zip(bases, target.given, strict=False) if old and new]
+        both = zip(self._bases(target), target.given, strict=False)
+        pairs = [(float(old), float(new)) for old, new in both if old and new]
         if self._resumed and any(old != new for old, new in pairs):
             old, new = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             rank_zero_info(
@@ -192,11 +202,19 @@ class Scheduled(Callback):
         """Take up the clocks of a checkpoint, if it has any, and forget an earlier fit."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._loaded, self._last = checkpoint.get(KEY, {}).get(self.name, {}), {}
+            if self._targets:  # strategies that shard restore only after `on_fit_start`
+                self._take_up({})
 
     def _states(self) -> dict[int, dict[str, Any]]:
         """The clocks' states, while they run and afterwards."""
-        running = {place: target.clock.state_dict() for place, target in self._targets.items()}
+        running = {
+            place: {**target.clock.state_dict(), "bases": self._bases(target)}
+            for place, target in self._targets.items()
+        }
         return running or self._last
+
+    def _bases(self, target: Target) -> list[Any]:
+        return [group.get(f"initial_{self.name}") for group in target.optimizer.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_targets": {}, "_handles": [], "_last": self._states()}

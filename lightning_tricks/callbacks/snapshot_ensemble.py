@@ -1,15 +1,9 @@
 """A snapshot of the weights at the end of every cycle of the learning rate, to be averaged in their predictions."""
 
-import itertools
-import json
 import math
-import os
-import sys
-import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -19,14 +13,24 @@ from torch.optim import Optimizer
 
 from lightning_tricks.callbacks.ema import EMA
 from lightning_tricks.callbacks.lr_schedule import LRSchedule
+from lightning_tricks.callbacks.run_folder import (
+    Row,
+    claim,
+    half_written,
+    later_files,
+    missing,
+    on_rank_zero,
+    refuse_missing,
+    write_manifest,
+    write_whole,
+)
+from lightning_tricks.callbacks.shards import state_dict_in_one
 from lightning_tricks.callbacks.steps import refuse_sharded
-from lightning_tricks.ensembles import FORMAT, MANIFEST, read_manifest
+from lightning_tricks.ensembles import FORMAT, read_manifest
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.functional.ensembling import cycle_ends
 from lightning_tricks.functional.schedules import CosineRestarts, Schedule, describe
 
-T = TypeVar("T")
-Row = dict[str, Any]
 KEY = "snapshots"
 """Where a checkpoint has the run's snapshots."""
 
@@ -69,7 +73,8 @@ class SnapshotEnsemble(LRSchedule):
     together. A snapshot is written at the end of the batch whose step ended the cycle (before the next step, where a
     batch has several), on rank 0, as `{"state_dict": ...}` that `torch.load` reads with `weights_only=True`, beside a
     `manifest.json` with the step, epoch, rate and metrics of each. Both are put in place whole: a crash loses nothing
-    that was there. A training that ends within a cycle ends with a snapshot that the manifest calls incomplete.
+    that was there. A training that ends within a cycle ends with a snapshot that the manifest calls incomplete. Under
+    ModelParallelStrategy (FSDP2) a snapshot has whole weights; all ranks put them together on rank 0.
 
     A resumed run goes on in its directory and removes what was written after the checkpoint; one of another length
     keeps the snapshots it has. In `fast_dev_run` there are none.
@@ -90,8 +95,8 @@ class SnapshotEnsemble(LRSchedule):
     Raises:
         TypeError: an argument of another type.
         ValueError: an argument out of range, more cycles than steps, a directory with another run's snapshots,
-            snapshots of a checkpoint that are gone, a metric that was not logged, a strategy that shards the
-            parameters; what LRSchedule refuses.
+            snapshots of a checkpoint that are gone, a metric that was not logged, FSDP1 or DeepSpeed; what
+            LRSchedule refuses.
     References:
         Huang et al., "Snapshot Ensembles: Train 1, get M for free", 2017, arXiv:1704.00109, section 3.
         Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", 2018, arXiv:1802.10026,
@@ -158,7 +163,7 @@ class SnapshotEnsemble(LRSchedule):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a second owner of the learning rate, weights that are in parts, and an average that is not there."""
         super().setup(trainer, pl_module, stage)
-        refuse_sharded(self.owner, trainer)
+        refuse_sharded(self.owner, trainer, dtensors=True)
         if self.weights == "average" and _ema(trainer) is None:
             fix = "Add EMA to the Trainer's callbacks"
             raise ValueError(message(self.owner, "weights", "'raw' without an EMA callback", self.weights, fix))
@@ -177,7 +182,7 @@ class SnapshotEnsemble(LRSchedule):
         if not clock.restored:
             self._folder, self._run, self._rows, self._earlier = None, None, [], {}
         default = Path(trainer.log_dir or trainer.default_root_dir) / "snapshots"
-        self._folder, self._run, self._rows = _on_rank_zero(trainer, lambda: self._claim(default, clock.step))
+        self._folder, self._run, self._rows = on_rank_zero(trainer, lambda: self._claim(default, clock.step))
         rank_zero_info(f"{self.owner}: snapshots go to {self._folder}, after the steps {self._ends}.")
 
         def before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
@@ -236,11 +241,12 @@ class SnapshotEnsemble(LRSchedule):
             "metrics": self._metrics(trainer),
         }
         path = Path(self._folder or ".") / row["file"]
+        weights = self._weights(trainer)
 
         def save(file: BinaryIO) -> None:
-            torch.save({"state_dict": self._weights(trainer)}, file)
+            torch.save({"state_dict": weights}, file)
 
-        _on_rank_zero(trainer, lambda: write_whole(path, save))
+        on_rank_zero(trainer, lambda: write_whole(path, save))
         if isinstance(self.keep, KeepBest):  # the newest is not judged before its own validation
             self._keep(trainer, [*_kept(self._rows, self.keep), row])
         else:
@@ -253,61 +259,33 @@ class SnapshotEnsemble(LRSchedule):
         return dict(sorted({**self._earlier, **finite}.items()))
 
     def _weights(self, trainer: pl.Trainer) -> dict[str, Any]:
-        state: dict[str, Any] = trainer.strategy.lightning_module_state_dict()
-        ema = _ema(trainer)
+        """The state dict that is kept, on rank 0 at least."""
+        state, ema = state_dict_in_one(trainer), _ema(trainer)
         if ema is not None and ema.updates > 0:
-            average, raw = ema.both_state_dicts(trainer, state)
+            average, raw = ema.both_state_dicts(trainer, state, state_dict_in_one)
             state = average if self.weights == "average" else raw
         return {name: value.cpu() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
 
     def _keep(self, trainer: pl.Trainer, rows: list[Row]) -> None:
         """Let the manifest name these snapshots, then delete the others."""
         dropped = {row["file"] for row in self._rows} - {row["file"] for row in rows}
-        self._rows = _on_rank_zero(trainer, lambda: self._write(Path(self._folder or "."), rows, dropped))
+        self._rows = on_rank_zero(trainer, lambda: self._write(Path(self._folder or "."), rows, dropped))
 
     def _write(self, folder: Path, rows: list[Row], dropped: set[str]) -> list[Row]:
-        manifest = {
-            "format": FORMAT,
-            "run": self._run,
-            "schedule": describe(self.schedule),
-            "weights": self.weights,
-            "versions": {
-                name: str(sys.modules[name].__version__) for name in ("lightning_tricks", "torch", "lightning")
-            },
-            "snapshots": rows,
-        }
-        text = json.dumps(manifest, indent=1, allow_nan=False).encode()
-        write_whole(folder / MANIFEST, lambda file: file.write(text))
-        for name in dropped:
-            (folder / name).unlink(missing_ok=True)
-        return rows
+        entries = {"format": FORMAT, "run": self._run, "schedule": describe(self.schedule), "weights": self.weights}
+        return write_manifest(folder, entries, rows, dropped)
 
     def _claim(self, default: Path, step: int) -> tuple[str, str, list[Row]]:
         """On rank 0: the folder, the run's name and its snapshots up to a step; what was written later is removed."""
-        if self._run is None:
-            self._run = uuid.uuid4().hex
-            folder = _new_folder(default) if self.directory is None else Path(self.directory)
-            folder.mkdir(parents=True, exist_ok=True)
-            found = read_manifest(folder)["snapshots"] if (folder / MANIFEST).is_file() else []
-            if found:
-                got = f"{len(found)} snapshots of another run in {folder}"
-                fix = "Give another directory, delete this one, or resume that run with ckpt_path"
-                raise ValueError(message(self.owner, "directory", "a folder for this run alone", got, fix))
-            return str(folder), self._run, self._write(folder, [], _leftovers(folder))
-        folder = Path(self.directory or self._folder or default)
-        manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else {"run": self._run, "snapshots": []}
-        if manifest["run"] != self._run:
-            fix = f"Give the directory that the run began with ({self._folder})"
-            raise ValueError(message(self.owner, "directory", "that of the run that is resumed", str(folder), fix))
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in self._rows if row["complete"] and row["step"] <= step]
-        gone = [row["file"] for row in rows if not (folder / row["file"]).is_file()]
-        if gone and self.keep is None:
-            fix = f"Put them back from {self._folder}, or begin anew"
-            raise ValueError(message(self.owner, "directory", f"one with {', '.join(gone)}", str(folder), fix))
+        new = self._run is None
+        folder, self._run = claim(self.owner, self.directory, self._folder, self._run, default, read_manifest)
+        rows = [] if new else [row for row in self._rows if row["complete"] and row["step"] <= step]
+        gone = missing(folder, rows)
+        if self.keep is None:
+            refuse_missing(self.owner, folder, gone, self._folder)
         rows = [row for row in rows if row["file"] not in gone]  # dropped for later ones, which are taken again
-        later = {path.name for path in folder.glob("snapshot-step=*.pt")} - {row["file"] for row in rows}
-        return str(folder), self._run, self._write(folder, rows, later | _leftovers(folder))
+        later = set() if new else later_files(folder, rows)
+        return str(folder), self._run, self._write(folder, rows, later | half_written(folder))
 
     # ------------------------------------------------------------------ saved
 
@@ -332,29 +310,6 @@ class SnapshotEnsemble(LRSchedule):
             self._earlier = saved.get("metrics", {})
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file so that its name never stands for a part of it, whenever the process is killed.
-
-    Args:
-        path: the file; replaced if it is there.
-        write: called with the open file.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # or the new name is lost with the power
-    finally:
-        os.close(folder)
-
-
 def _kept(rows: list[Row], keep: int | KeepBest | None) -> list[Row]:
     """The snapshots that stay, in their order; of equal ones the later."""
     if not isinstance(keep, KeepBest):
@@ -374,35 +329,3 @@ def _kept(rows: list[Row], keep: int | KeepBest | None) -> list[Row]:
 
 def _ema(trainer: pl.Trainer) -> EMA | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, EMA)), None)
-
-
-def _leftovers(folder: Path) -> set[str]:
-    """What a killed process was writing."""
-    return {path.name for path in folder.glob(".*.tmp") if path.name.startswith((".snapshot-step=", f".{MANIFEST}"))}
-
-
-def _new_folder(first: Path) -> Path:
-    """The first of `snapshots`, `snapshots-2`, ... that is not there, made by this process."""
-    for count in itertools.count(1):
-        folder = first if count == 1 else first.with_name(f"{first.name}-{count}")
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        break
-    return folder
-
-
-def _on_rank_zero(trainer: pl.Trainer, call: Callable[[], T]) -> T:
-    """What a function gives on rank 0, on all ranks; so is its error, since the others would wait for ever."""
-    outcome: Any = None
-    if trainer.is_global_zero:
-        try:
-            outcome = call()
-        except (OSError, ValueError, RuntimeError) as error:
-            outcome = error
-    outcome = trainer.strategy.broadcast(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    result: T = outcome
-    return result

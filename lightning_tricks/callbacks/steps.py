@@ -5,11 +5,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tricks.functional.checks import message
+from lightning_tricks.functional.norms import tensor_norms
 
 LIGHTNINGS_AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 """Lightning's own callbacks that own the weights a run ends with."""
@@ -19,7 +21,8 @@ def is_real_step(optimizer: Optimizer) -> bool:
     """Whether the step that an optimizer has just ended changed weights.
 
     A fused optimizer under a GradScaler is called for a skipped step too and carries `found_inf` meanwhile; a
-    `training_step` that returned None leaves no gradients to step with.
+    `training_step` that returned None leaves no gradients to step with; and for a sharded checkpoint torch lets an
+    optimizer without a state, plain SGD, step with gradients of zero at a rate of zero.
 
     Args:
         optimizer: a torch optimizer, inside its step post-hook.
@@ -29,7 +32,17 @@ def is_real_step(optimizer: Optimizer) -> bool:
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and found_inf.item() > 0:
         return False
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+    if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+        return False
+    if any(not _is_zero(group.get("lr")) for group in optimizer.param_groups):
+        return True
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return bool(tensor_norms(gradients).any())
+
+
+def _is_zero(rate: Any) -> bool:
+    """Whether a rate is 0; one on a GPU is not looked at, since torch puts a number of the host there."""
+    return rate is not None and not (isinstance(rate, Tensor) and not rate.is_cpu) and bool(rate == 0)
 
 
 def after_real_steps(
@@ -60,19 +73,24 @@ def after_real_steps(
     return handles
 
 
-def refuse_sharded(owner: str, trainer: pl.Trainer) -> None:
-    """Raise if the strategy shards the parameters, which a callback that reads whole tensors cannot serve.
+def refuse_sharded(owner: str, trainer: pl.Trainer, dtensors: bool = False) -> None:
+    """Raise if the strategy shards the parameters in a way that a callback cannot serve.
 
     Args:
-        owner: callback named in the error.
+        owner: callback named in an error.
         trainer: the trainer in its setup.
+        dtensors: whether the callback serves parameters in parts, where each is a DTensor (FSDP2, tensor parallelism).
     Raises:
-        ValueError: FSDP, model parallelism or DeepSpeed.
+        ValueError: FSDP1, DeepSpeed, or model parallelism without `dtensors`.
     """
-    if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-        fix = "Train with DDP or on one device"
-        name = type(trainer.strategy).__name__
-        raise ValueError(message(owner, "strategy", "one that keeps whole parameters on each rank", name, fix))
+    refused: tuple[type[Strategy], ...] = (FSDPStrategy, DeepSpeedStrategy)
+    condition, fix = "one that keeps whole parameters on each rank", "Train with DDP or on one device"
+    if dtensors:
+        condition, fix = f"{condition}, or DTensors", "Train with ModelParallelStrategy (FSDP2), DDP or on one device"
+    else:
+        refused += (ModelParallelStrategy,)
+    if isinstance(trainer.strategy, refused):
+        raise ValueError(message(owner, "strategy", condition, type(trainer.strategy).__name__, fix))
 
 
 def refuse_twins(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_tricks.callbacks.shards import hold_parts
 from lightning_tricks.callbacks.steps import after_real_steps, refuse_sharded, refuse_twins
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.functional.norms import group_norms, tensor_norms, update_norms
@@ -30,14 +31,15 @@ class UpdateMonitor(Callback):
     Only every n-th step is measured, with one transfer to the host and one row in each logger, on the step of
     Lightning's own rows; the others cost nothing. A logged step that a GradScaler skipped has no row. Of several
     optimizers each one's next step is measured, and the total is over those that stepped in the batch. Without a logger
-    nothing is measured.
+    nothing is measured. Of parameters in parts (DTensor: FSDP2, tensor parallelism) the norms are those of the whole
+    ones; the ranks exchange sums, and no tensor is gathered.
 
     Args:
         every_n_steps: how often, at least 1; counted as Lightning counts `log_every_n_steps`: optimizer steps, or
             batches where the module optimizes by hand.
     Raises:
-        TypeError, ValueError: an argument out of range, another UpdateMonitor in the Trainer, a strategy that shards
-            the parameters, or a module called `total`.
+        TypeError, ValueError: an argument out of range, another UpdateMonitor in the Trainer, FSDP1 or DeepSpeed, or
+            a module called `total`.
     References:
         Karpathy, "CS231n: Learning and Evaluation", 2015, the ratio of updates to weights.
     Example:
@@ -70,7 +72,7 @@ class UpdateMonitor(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot be measured, and a second owner of the keys."""
         refuse_twins(self, trainer, "the keys grad_norm, weight_norm and update_ratio")
-        refuse_sharded("UpdateMonitor", trainer)
+        refuse_sharded("UpdateMonitor", trainer, dtensors=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Watch the optimizers, if there is a logger to tell."""
@@ -92,6 +94,7 @@ class UpdateMonitor(Callback):
         if self._handles and step % self.every_n_steps == 0:
             self._due = {id(optimizer) for optimizer in trainer.optimizers}
         if self._due:
+            hold_parts(pl_module)
             self._names = {id(parameter): _group(name) for name, parameter in pl_module.named_parameters()}
 
     def on_before_optimizer_step(

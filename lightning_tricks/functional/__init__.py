@@ -2,12 +2,14 @@
 
 from lightning_tricks.functional import (
     averaging,
+    batch_norm,
     checks,
     cross_entropy,
     ensembling,
     erasing,
     mixing,
     norms,
+    post_hoc,
     schedules,
     stopping,
 )
@@ -23,6 +25,7 @@ __all__ = [
     "PatienceState",
     "Stop",
     "averaging",
+    "batch_norm",
     "can_average",
     "checks",
     "cross_entropy",
@@ -35,6 +38,7 @@ __all__ = [
     "mixing",
     "mixup",
     "norms",
+    "post_hoc",
     "sample_beta",
     "sample_centers",
     "sample_mixup",

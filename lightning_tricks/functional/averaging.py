@@ -1,5 +1,8 @@
 """In-place averaging of lists of tensors, and the decays under which an average is exponential, warmed up or a mean."""
 
+import functools
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -7,8 +10,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_tricks.functional.checks import check_number
-from lightning_tricks.functional.schedules import Duration, check_duration, in_steps
+from lightning_tricks.functional.checks import check_number, message
+from lightning_tricks.functional.ensembling import cycle_ends
+from lightning_tricks.functional.post_hoc import PowerFunction
+from lightning_tricks.functional.schedules import Duration, Schedule, check_duration, in_steps
+
+_SAMPLES = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)samples")
+_SERIAL = (1 << 15) - 1  # the most numbers that torch does not share out among the threads of a CPU
+_LARGE = 1 << 20  # numbers from which on several threads are worth their start
 
 Decay: TypeAlias = Callable[[int, float], float]
 """What maps (updates, total_steps) to the weight of the old average in the next update; `updates` is at least 1."""
@@ -16,17 +25,18 @@ Decay: TypeAlias = Callable[[int, float], float]
 
 @dataclass(frozen=True)
 class HalfLife:
-    """The decay under which what was averaged weighs half after so many optimizer steps.
+    """The decay under which what was averaged weighs half after so many optimizer steps, epochs or samples.
 
-        decay = 0.5 ** (1 / duration)
+        decay = 0.5 ** (1 / duration);  of samples: 0.5 ** (samples of a step / duration)
 
     Args:
         duration: `int` of at least 1 = optimizer steps, `float` in (0, 1) = fraction of the run, `"2ep"` = epochs,
-            which EMA turns into steps.
+            `"50000samples"` = training samples of all ranks, where a step has as many as the loader's batch says. EMA
+            turns epochs and samples into steps.
     Returns:
         Called with (updates, total_steps): the decay, in (0, 1), the same at every update.
     Raises:
-        TypeError, ValueError: no such duration.
+        TypeError, ValueError: no such duration; called with samples, of which only a run knows how many a step has.
     References:
         Karras et al., "Analyzing and Improving the Image Quality of StyleGAN", 2020, arXiv:1912.04958 (a half-life for
         the average of the generator's weights).
@@ -38,9 +48,22 @@ class HalfLife:
     duration: Duration
 
     def __post_init__(self) -> None:
-        check_duration("HalfLife", "duration", self.duration, least=1)
+        if self.samples is None:
+            check_duration("HalfLife", "duration", self.duration, least=1)
+        elif not 0 < self.samples < math.inf:
+            fix = "Half a million is '500000samples'"
+            raise ValueError(message("HalfLife", "duration", "above 0 samples", self.duration, fix))
+
+    @property
+    def samples(self) -> float | None:
+        """The samples that the duration is given in; None where it is given in steps, epochs or a fraction."""
+        found = _SAMPLES.fullmatch(self.duration) if isinstance(self.duration, str) else None
+        return float(found[1]) if found else None
 
     def __call__(self, updates: int, total_steps: float) -> float:
+        if self.samples is not None:
+            fix = "Use it in EMA, or give steps"
+            raise ValueError(message("HalfLife", "duration", "in steps outside a run", self.duration, fix))
         return float(0.5 ** (1 / in_steps("HalfLife", "duration", self.duration, total_steps)))
 
 
@@ -114,7 +137,8 @@ class Averaging:
         decay: number in [0, 1), or a decay of (updates, total_steps) such as `HalfLife("2ep")`.
         start: stretch of the run that is left out: `int` = optimizer steps, `float` in (0, 1) = fraction of the run,
             `"3ep"` = epochs, which a callback turns into steps.
-        every_n_steps: in the same units, at least 1 step; `"1ep"` is once an epoch.
+        every_n_steps: in the same units, at least 1 step; `"1ep"` is once an epoch. Or a schedule that has cycles, as
+            `CosineRestarts(5)`: at the end of each.
     Returns:
         Called with (step, updates, total_steps), after a step and with the updates that are in the average, at least 1:
         the weight of the old average in the update that is due, or None where none is.
@@ -128,27 +152,53 @@ class Averaging:
 
     decay: "float | Decay"
     start: Duration = 0
-    every_n_steps: Duration = 1
+    every_n_steps: "Duration | Schedule" = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.decay, type) or not callable(self.decay):
             check_decay("EMA", self.decay)
         check_duration("EMA", "start", self.start)
-        check_duration("EMA", "every_n_steps", self.every_n_steps, least=1)
+        if not callable(self.every_n_steps):
+            check_duration("EMA", "every_n_steps", self.every_n_steps, least=1)
+        elif not isinstance(getattr(self.every_n_steps, "cycles", None), int):
+            fix = "Give one such as CosineRestarts(5) or Triangular(5), or steps"
+            raise ValueError(message("EMA", "every_n_steps", "a schedule that has cycles", self.every_n_steps, fix))
 
     def __call__(self, step: int, updates: int, total_steps: float) -> float | None:
-        every = in_steps("EMA", "every_n_steps", self.every_n_steps, total_steps)
-        if step <= in_steps("EMA", "start", self.start, total_steps) or step // every == (step - 1) // every:
+        if step <= in_steps("EMA", "start", self.start, total_steps):
+            return None
+        every = self._stretch(step, total_steps)
+        if every is None:
             return None
         decay = self.decay(updates, total_steps) if callable(self.decay) else self.decay
-        return decay if self.decay is mean else float(decay**every)
+        return decay if self._counts_updates else float(decay**every)
+
+    @property
+    def _counts_updates(self) -> bool:
+        """Whether the decay is one of averaged weights, however many steps lie between them."""
+        return self.decay is mean or isinstance(self.decay, PowerFunction)
+
+    def _stretch(self, step: int, total_steps: float) -> float | None:
+        """Steps of the stretch that a step completes; None where it completes none."""
+        if callable(self.every_n_steps):
+            growth: float = getattr(self.every_n_steps, "multiplier", 1.0)
+            ends = _cycle_ends(getattr(self.every_n_steps, "cycles", 1), int(total_steps), growth)
+            index = ends.index(step) if step in ends else -1
+            return None if index < 0 else step - (0, *ends)[index]
+        every = in_steps("EMA", "every_n_steps", self.every_n_steps, total_steps)
+        return None if step // every == (step - 1) // every else every
 
     @property
     def needs_length(self) -> bool:
         """Whether the length of the run is looked at."""
         given = (self.start, self.every_n_steps, getattr(self.decay, "duration", 0))
-        known = isinstance(self.decay, (int, float, HalfLife, Warmed)) or self.decay is mean
-        return not known or any(isinstance(duration, float) for duration in given)
+        known = isinstance(self.decay, (int, float, HalfLife, Warmed)) or self._counts_updates
+        return not known or any(isinstance(duration, float) or callable(duration) for duration in given)
+
+
+@functools.lru_cache  # a run asks for the same ones at every step
+def _cycle_ends(cycles: int, total_steps: int, growth: float) -> tuple[int, ...]:
+    return tuple(cycle_ends(cycles, total_steps, growth))
 
 
 def check_decay(owner: str, decay: Any) -> None:
@@ -192,6 +242,30 @@ def ema_(average: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> 
     check_decay("ema_", decay)
     if average:
         torch._foreach_lerp_(list(average), list(weights), 1 - decay)
+
+
+def pieces(average: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The same numbers in tensors that a CPU updates sooner: of middling size, cut so that each is one thread's work.
+
+    To wake other threads for each of hundreds of such tensors takes longer than the update itself.
+
+    Args:
+        average: tensors.
+        weights: as many, of the same shapes.
+    Returns:
+        Two lists of tensors, as many in each; what was cut are views.
+    Example:
+        >>> [len(tensor) for tensor in pieces([torch.zeros(50000)], [torch.zeros(50000)])[0]]
+        [25000, 25000]
+    """
+    cut: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for pair in zip(average, weights, strict=True):
+        size = pair[0].numel()
+        cuttable = _SERIAL < size < _LARGE and all(t.device.type == "cpu" and t.is_contiguous() for t in pair)
+        length = math.ceil(size / math.ceil(size / _SERIAL)) if cuttable else 0
+        for tensor, parts in zip(pair, cut, strict=True):
+            parts.extend(torch.split(tensor.detach().view(-1), length) if cuttable else [tensor])
+    return cut
 
 
 @torch.no_grad()

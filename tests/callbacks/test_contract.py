@@ -33,7 +33,11 @@ CALLBACKS = {
     "ParamSchedule": lambda: [lt.ParamSchedule("body.2.momentum", lt.Cosine(0.1), optimizer=0)],
     "EMA": lambda: [lt.EMA(decay=0.9)],
     "EMA of every other step": lambda: [lt.EMA(lt.Warmed(0.9), start=3, every_n_steps=2)],
+    "EMAs beside the raw weights": lambda: [lt.EMA([0.9, 0.5], evaluate="both", dtype="float64", exclude="head.bias")],
+    "EMA behind the raw weights": lambda: [lt.EMA(lt.HalfLife(2), evaluate="raw")],
     "PolyakAverage": lambda: [lt.PolyakAverage(start=0.4)],
+    "PolyakAverage with batch norm anew": lambda: [lt.PolyakAverage(start=0.4, update_bn=True)],
+    "PostHocEMA": lambda: [lt.PostHocEMA(every_n_steps=5)],
     "EarlyStopping": lambda: [
         lt.EarlyStopping(monitor="val/loss", patience=100, ignore_first=1, restore_best=True),
     ],
@@ -53,7 +57,10 @@ AVERAGED = {
     "EMA": lambda steps: steps,
     "all": lambda steps: steps,
     "EMA of every other step": lambda steps: steps // 2 - 1,
+    "EMAs beside the raw weights": lambda steps: steps,
+    "EMA behind the raw weights": lambda steps: steps,
     "PolyakAverage": lambda steps: steps - int(0.4 * steps),
+    "PolyakAverage with batch norm anew": lambda steps: steps - int(0.4 * steps),
 }
 """Steps that are in an average."""
 ends_elsewhere = pytest.mark.filterwarnings("ignore:.*(the schedule is for .* optimizer steps|an epoch by hand has)")
@@ -68,7 +75,8 @@ def state_of(trainer: L.Trainer) -> dict:
     """All that a run is afterwards: weights, averages, optimizers, callbacks, as a checkpoint holds it."""
     checkpoint = trainer._checkpoint_connector.dump_checkpoint()
     callbacks = {key: value for key, value in checkpoint["callbacks"].items() if "ModelCheckpoint" not in key}
-    keys = ("state_dict", "current_model_state", "averaging_state", "optimizer_states", "lr_schedulers", "global_step")
+    keys = ("state_dict", "current_model_state", "averaging_state", "averages", "averaging_steps")
+    keys += ("optimizer_states", "lr_schedulers", "global_step")
     return {"callbacks": callbacks, **{key: checkpoint[key] for key in keys if key in checkpoint}}
 
 
@@ -244,7 +252,7 @@ def test_steps_that_a_scaler_skips_do_not_count(name):
         if isinstance(callback, lt.EMA):
             assert callback._steps == 8
             assert callback.updates == (
-                AVERAGED[name](8) if name != "PolyakAverage" else 4
+                AVERAGED[name](8) if "PolyakAverage" not in name else 4
             )  # of 12 steps 0.4 is left out
         if isinstance(callback, lt.LRSchedule):
             assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 8
@@ -320,7 +328,7 @@ def test_second_fit_goes_on(name):
     def tricks():
         longer = {
             lt.LRSchedule: lt.LRSchedule(lt.Linear(), 24),
-            lt.PolyakAverage: lt.PolyakAverage(start=5),
+            lt.PolyakAverage: lt.PolyakAverage(start=5, update_bn="anew" in name),
             lt.SnapshotEnsemble: lt.SnapshotEnsemble(3, keep=2, total_steps=24),
             lt.ParamSchedule: lt.ParamSchedule("body.2.momentum", lt.Cosine(0.1), 24, optimizer=0),
         }
@@ -351,6 +359,18 @@ def test_stages_without_fit_see_the_module_as_it_is(name):
     assert len(trainer.predict(module, val)) == 2
     assert_same(snapshot(module), before)
     assert hooks_left(module) == []
+
+
+@every_callback
+def test_stages_after_a_fit_see_the_module_as_fit_left_it(name):
+    trainer, module = fit(CALLBACKS[name]())
+    end = snapshot(module)
+    first = trainer.test(module, loader(8), verbose=False)
+    assert trainer.test(module, loader(8), verbose=False) == first
+    trainer.validate(module, loader(8), verbose=False)
+    trainer.predict(module, loader(8))
+    assert_same(snapshot(module), end)
+    assert first == make_trainer([]).test(module, loader(8), verbose=False)
 
 
 @every_callback
@@ -435,6 +455,7 @@ TWINS = {
     "ParamSchedule": "ParamSchedule: callbacks must be the only one of its kind in a Trainer, got 2",
     "SnapshotEnsemble": "SnapshotEnsemble: callbacks must be the only one of its kind in a Trainer, got 2",
     "PolyakAverage": "PolyakAverage: callbacks must be the only one of its kind in a Trainer, got 2",
+    "PostHocEMA": "PostHocEMA: callbacks must be the only one of its kind in a Trainer, got 2",
     "EMA": "EMA: callbacks must be the only one of its kind in a Trainer, got 2",
     "EarlyStopping": "EarlyStopping: restore_best must be True in one callback only",
     "BatchTransforms": None,

@@ -604,8 +604,8 @@ def test_no_module_is_copied_and_one_copy_of_the_weights_is_held():
     ema = lt.EMA(decay=0.9)
     _, module = fit([ema], NoCopies())
     module_storages = {tensor.data_ptr() for tensor in module.state_dict().values()}
-    held = {t.data_ptr() for part in (ema._average, ema._raw) for t in part.values()}
-    assert len(held - module_storages) == len(ema._raw)
+    held = {t.data_ptr() for part in (ema._averages.tensors[0], ema._averages.raw) for t in part.values()}
+    assert len(held - module_storages) == len(ema._averages.raw)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kit import ByHand, MemoryLogger, Net, ResumableLoader, assert_same, every_epoch, fit, loader, snapshot
-from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -158,3 +158,154 @@ def test_steps_by_hand_count():
     callback = lt.PolyakAverage(0.5)
     fit([callback], Steps())
     assert callback.updates == 6
+
+
+# ---------------------------------------------------------------------------------------------------- at ends of cycles
+
+
+@pytest.mark.parametrize(
+    ("cycles", "ends"), [(lt.CosineRestarts(3), (6, 12, 18)), (lt.CosineRestarts(2, multiplier=2.0), (6, 18))]
+)
+def test_mean_of_the_weights_at_the_end_of_each_cycle(cycles, ends):
+    watch = Watch()
+    average = lt.PolyakAverage(0, every_n_steps=cycles)
+    _, module = fit([average, lt.LRSchedule(cycles), watch], max_epochs=3)
+    tail = [watch.steps[step - 1] for step in ends]
+    assert_close(dict(module.named_parameters()), {n: torch.stack([w[n] for w in tail]).mean(0) for n in LEARNED})
+    assert average.updates == len(ends)
+    assert average.settings["every_n_steps"].startswith("CosineRestarts(cycles=")
+
+
+def test_exponential_average_at_the_end_of_each_cycle_decays_once_a_step():
+    watch = Watch()
+    _, module = fit([lt.EMA(0.9, start=8, every_n_steps=lt.Triangular(4, low=0.1)), watch])
+    first, second = watch.steps[8], watch.steps[11]
+    assert_close(dict(module.named_parameters()), {n: 0.9**3 * first[n] + (1 - 0.9**3) * second[n] for n in LEARNED})
+
+
+def test_schedule_without_cycles_is_refused():
+    with pytest.raises(ValueError, match="EMA: every_n_steps must be a schedule that has cycles, got Cosine"):
+        lt.PolyakAverage(0.5, every_n_steps=lt.Cosine())
+
+
+# ------------------------------------------------------------------------------------------ batch-norm statistics anew
+
+
+class Population(Callback):
+    """What validation sees, and what it should: statistics of all training data under the weights that it sees."""
+
+    def __init__(self):
+        self.seen, self.expected = [], []
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.note(pl_module)
+
+    def note(self, module):
+        images = torch.cat([batch[0] for batch in loader()])
+        linear = module.body[1]
+        inputs = torch.nn.functional.linear(images.flatten(1), linear.weight, linear.bias).detach()
+        self.expected.append((inputs.mean(0), inputs.var(0)))
+        norm = module.body[2]
+        self.seen.append((norm.running_mean.clone(), norm.running_var.clone()))
+
+    def assert_same(self, first=0):
+        assert len(self.seen) > first
+        for seen, expected in zip(self.seen[first:], self.expected[first:], strict=True):
+            torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_the_mean_are_those_of_the_training_data():
+    population, watch = Population(), Watch()
+    _, module = fit([lt.PolyakAverage("1ep", update_bn=True), population, watch], max_epochs=3)
+    population.note(module)
+    population.assert_same(first=2)  # after the sanity check and the first epoch, where no mean had begun
+    assert len(population.seen) == 5
+    tail = watch.steps[6:]
+    assert_close(dict(module.named_parameters()), {n: torch.stack([w[n] for w in tail]).mean(0) for n in LEARNED})
+    _, plain = fit([])
+    assert module.losses[:12] == plain.losses  # training goes on with its own statistics
+
+
+def test_statistics_can_come_from_a_function_of_the_batch():
+    class Dictionary(DataLoader):
+        def __init__(self):
+            super().__init__(loader().dataset, batch_size=4, collate_fn=self.collate)
+
+        @staticmethod
+        def collate(rows):
+            return {"image": torch.stack([row[0] for row in rows]), "label": torch.stack([row[1] for row in rows])}
+
+    class OfDictionaries(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["image"], batch["label"]), batch_idx)
+
+    def forward(module, batch):
+        return module(batch["image"])
+
+    population = Population()
+    _, module = fit([lt.PolyakAverage(0.5, update_bn=forward)], OfDictionaries(), train=Dictionary())
+    population.note(module)
+    population.assert_same()
+    with pytest.raises(TypeError, match="PolyakAverage"):
+        fit([lt.PolyakAverage(0.5, update_bn=True)], OfDictionaries(), train=Dictionary())
+
+
+def test_best_checkpoint_has_the_statistics_that_were_validated(tmp_path):
+    population = Population()
+    save = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1, filename="{epoch}")
+    _, module = fit([lt.PolyakAverage("1ep", update_bn=True), population, save], max_epochs=3)
+    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    mean, _ = population.seen[2]
+    assert_same(saved["state_dict"]["body.2.running_mean"], mean)
+    assert saved["state_dict"]["body.2.num_batches_tracked"].item() == 6
+    assert saved["current_model_state"]["body.2.num_batches_tracked"].item() == 12
+    last = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
+    assert_same(dict(last["state_dict"]), snapshot(module))
+
+
+def test_layer_that_the_user_froze_keeps_its_statistics():
+    class Frozen(Net):
+        def on_train_epoch_start(self):
+            self.body[2].eval()
+
+    _, module = fit([lt.PolyakAverage(0.5, update_bn=True)], Frozen())
+    assert_same(module.body[2].running_mean, Net().body[2].running_mean)
+
+
+def test_error_while_statistics_are_estimated_leaves_the_raw_weights():
+    def forward(module, batch):
+        raise RuntimeError("failed in the estimate")
+
+    watch, module = Watch(), Net()
+    with pytest.raises(RuntimeError, match="failed in the estimate"):
+        fit([watch, lt.PolyakAverage("1ep", update_bn=forward)], module, max_epochs=3)
+    assert_same({n: p.detach() for n, p in module.named_parameters()}, watch.steps[-1])
+    _, plain = fit([], max_epochs=2)
+    assert_same(snapshot(module), snapshot(plain))
+
+
+@pytest.mark.parametrize(("value", "error"), [(1, TypeError), ("yes", TypeError), (Net, TypeError)])
+def test_update_bn_of_another_type(value, error):
+    with pytest.raises(error, match="PolyakAverage: update_bn must be a bool or a function of"):
+        lt.PolyakAverage(update_bn=value)
+
+
+def test_statistics_of_weights_that_nobody_evaluates_are_refused():
+    with pytest.raises(
+        ValueError, match="PolyakAverage: evaluate must be 'average' or 'both' with update_bn, got 'raw'"
+    ):
+        lt.PolyakAverage(update_bn=True, evaluate="raw")
+
+
+def test_ranks_share_the_statistics_of_all_data(tmp_path):
+    class Save(Callback):
+        def on_train_end(self, trainer, pl_module):
+            torch.save(snapshot(pl_module), tmp_path / f"{trainer.global_rank}.pt")
+
+    fit([lt.PolyakAverage(0.5, update_bn=True), Save()], strategy="ddp_fork", devices=2, max_epochs=4)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert_same(first, second)
+    module, population = Net(), Population()
+    module.load_state_dict(first)
+    population.note(module)
+    population.assert_same()

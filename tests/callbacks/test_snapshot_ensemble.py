@@ -30,7 +30,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import lightning_tricks as lt
-from lightning_tricks.callbacks.snapshot_ensemble import KeepBest, SnapshotEnsemble, write_whole
+from lightning_tricks.callbacks.run_folder import write_whole
+from lightning_tricks.callbacks.snapshot_ensemble import KeepBest, SnapshotEnsemble
 from lightning_tricks.ensembles import Ensemble, read_manifest
 
 ends_elsewhere = pytest.mark.filterwarnings("ignore:.*the schedule is for .* optimizer steps")
@@ -239,7 +240,7 @@ def test_weights_beside_an_average(first, tmp_path):
             self.seen = {}
 
         def on_train_batch_end(self, trainer, pl_module, *args):
-            self.seen[trainer.global_step] = {k: v.clone() for k, v in ema._average.items()}
+            self.seen[trainer.global_step] = {k: v.clone() for k, v in ema._averages.tensors[0].items()}
 
     for weights in ("raw", "average"):
         ema, record, averages = lt.EMA(0.5), EveryStep(), Averages()

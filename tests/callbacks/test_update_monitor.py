@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from kit import ByHand, MemoryLogger, Net, TwoOptimizers, fit, loader, plugin_that_skips
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from sharded import whole
 from torch import nn
 
 import lightning_tricks as lt
@@ -23,17 +24,17 @@ class Oracle(Callback):
         self.rows, self.before, self.gradients = {}, {}, {}
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
+        self.before = {name: whole(p) for name, p in pl_module.named_parameters() if p.requires_grad}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         for name, p in pl_module.named_parameters():
             if p.grad is not None:
-                self.gradients[name] = p.grad.clone()
+                self.gradients[name] = whole(p.grad)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.fit_loop._should_accumulate():
             return
-        after = dict(pl_module.named_parameters())
+        after = {name: whole(p) for name, p in pl_module.named_parameters()}
         groups = {"total": list(self.before)}
         for name in self.before:
             groups.setdefault(name.rpartition(".")[0] or name, []).append(name)

@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_tricks.functional.averaging import Averaging, HalfLife, Warmed, can_average, check_decay, ema_, mean
+from lightning_tricks import Cosine, CosineRestarts, PowerFunction, Triangular
+from lightning_tricks.functional.averaging import (
+    Averaging,
+    HalfLife,
+    Warmed,
+    can_average,
+    check_decay,
+    ema_,
+    mean,
+    pieces,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -196,11 +206,49 @@ def test_steps_that_are_due_are_those_of_an_explicit_count(start, every):
     assert [plan(step, 1, total) for step in got] == pytest.approx([0.9**stretch] * len(got))
 
 
-def test_mean_takes_no_notice_of_the_steps_in_between():
+@pytest.mark.parametrize(("schedule", "ends"), [(Triangular(4), [5, 10, 15, 20]), (CosineRestarts(3), [7, 14, 20])])
+def test_steps_that_are_due_at_ends_of_cycles(schedule, ends):
+    plan = Averaging(0.9, 0.3, schedule)
+    due = {step: decay for step in range(1, 21) if (decay := plan(step, 1, 20)) is not None}
+    stretches = {end: end - before for before, end in zip([0, *ends], ends, strict=False)}
+    assert due == pytest.approx({end: 0.9 ** stretches[end] for end in ends if end > 6})
+    assert plan.needs_length
+
+
+def test_half_life_in_samples():
+    assert HalfLife("2e5samples").samples == 200_000
+    assert HalfLife("12.5samples").samples == 12.5
+    assert HalfLife(5).samples is None
+    assert HalfLife("5ep").samples is None
+
+
+@given(st.lists(st.integers(0, 70_000), max_size=4), st.booleans())
+def test_pieces_are_the_same_numbers(sizes, transposed):
+    tensors = [torch.arange(2.0 * size).view(2, size) for size in sizes]
+    tensors = [tensor.t() for tensor in tensors] if transposed else tensors
+    averages = [torch.zeros_like(tensor) for tensor in tensors]
+    cut_averages, cut = pieces(averages, tensors)
+    ema_(cut_averages, cut, 0.0)
+    for average, tensor in zip(averages, tensors, strict=True):
+        assert torch.equal(average, tensor)
+    assert all(left.shape == right.shape for left, right in zip(cut_averages, cut, strict=True))
+    assert transposed or all(len(part.flatten()) < 1 << 15 for part in cut)
+
+
+def test_large_tensors_and_those_of_unlike_layout_are_not_cut():
+    large = torch.zeros(1 << 20)
+    assert [len(part) for part in pieces([large], [large])] == [1, 1]
+    square = torch.zeros(300, 300)
+    assert [len(part) for part in pieces([square.t()], [square])] == [1, 1]
+
+
+def test_decays_of_updates_take_no_notice_of_the_steps_in_between():
     assert Averaging(mean, every_n_steps=5)(10, 3, 100) == 0.75
+    assert Averaging(PowerFunction(0.1), every_n_steps=5)(10, 3, 100) == PowerFunction(0.1)(3, 100)
 
 
 def test_length_of_the_run_is_asked_for_only_where_a_fraction_is():
+    assert not Averaging(PowerFunction(0.1)).needs_length
     without = [Averaging(0.9), Averaging(HalfLife(5)), Averaging(Warmed(), 3, "1ep"), Averaging(mean, "1ep")]
     assert [plan.needs_length for plan in without] == [False] * 4
     needing = [Averaging(0.9, 0.5), Averaging(HalfLife(0.1)), Averaging(mean, 0, 0.1), Averaging(lambda n, T: 0.5)]
@@ -213,6 +261,14 @@ def test_length_of_the_run_is_asked_for_only_where_a_fraction_is():
         (lambda: HalfLife(0), ValueError, "HalfLife: duration must be at least 1"),
         (lambda: HalfLife(1.5), ValueError, r"HalfLife: duration must be in \(0, 1\)"),
         (lambda: HalfLife(None), TypeError, "HalfLife: duration must be a number"),
+        (lambda: HalfLife("0samples"), ValueError, "HalfLife: duration must be above 0 samples, got '0samples'"),
+        (lambda: HalfLife("many samples"), ValueError, "HalfLife: duration must be epochs written as '3ep'"),
+        (lambda: HalfLife("50samples")(1, 9), ValueError, "HalfLife: duration must be in steps outside a run"),
+        (
+            lambda: Averaging(0.9, every_n_steps=Cosine()),
+            ValueError,
+            "EMA: every_n_steps must be a schedule that has c",
+        ),
         (lambda: Warmed(1.0), ValueError, r"Warmed: decay must be in \[0, 1\), got 1.0"),
         (lambda: Warmed(power=0), ValueError, "Warmed: power must be finite and above 0, got 0"),
         (lambda: Warmed(inv_gamma=-1), ValueError, "Warmed: inv_gamma must be finite and above 0"),

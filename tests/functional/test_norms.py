@@ -2,8 +2,14 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sharded import on_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_tricks.functional.norms import group_norms, tensor_norms, update_norms
 
@@ -133,3 +139,102 @@ def test_a_sparse_tensor_with_repeated_entries_is_measured():
 def test_updates_of_half_precision_do_not_overflow():
     before, after = torch.tensor([6e4], dtype=torch.float16), torch.tensor([-6e4], dtype=torch.float16)
     assert update_norms([before], [after]).tolist() == [2 * before.double().item()]
+
+
+# ----------------------------------------------------------------------------------------------- tensors in parts
+
+
+def compare(tensors, before=None):
+    """Norms and the loop over the gathered tensors, for a test outside the ranks to compare."""
+    if before is None:
+        ours, values = tensor_norms(tensors), [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+    else:
+        ours = update_norms(before, tensors)
+        values = [
+            new.full_tensor().double() - old.full_tensor().double() for old, new in zip(before, tensors, strict=True)
+        ]
+    assert not isinstance(ours, DTensor)
+    return ours.tolist(), [norm_by_loop(value) for value in values]
+
+
+def assert_all_right(told, rel=1e-6):
+    for ours, expected in told:
+        assert ours == pytest.approx(expected, rel=rel)
+    assert all(ours == told[0][0] for ours, _ in told)
+
+
+@every_dtype
+def test_parts_have_the_norm_of_the_whole(dtype):
+    def measure():
+        mesh = init_device_mesh("cpu", (2,))
+        torch.manual_seed(0)
+        shapes = {
+            (4, 3): 0,
+            (3, 2): 0,
+            (1, 5): 0,
+            (2, 3): 1,
+            (5,): 0,
+            (2, 0): 0,
+        }
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        wholes = [(torch.randn(shape, dtype=wide).to(dtype), dim) for shape, dim in shapes.items()]
+        parts = [distribute_tensor(tensor, mesh, [Shard(dim)]) for tensor, dim in wholes]
+        copies = [distribute_tensor(tensor, mesh, [Replicate()]) for tensor, _ in wholes]
+        ours, expected = compare([*parts, wholes[0][0], *copies])
+        return ours, expected
+
+    assert_all_right(on_ranks(measure), tolerance(dtype))
+
+
+def test_update_norms_of_parts():
+    def measure():
+        mesh = init_device_mesh("cpu", (2,))
+        torch.manual_seed(0)
+        before = [distribute_tensor(torch.randn(n, 3).to(d), mesh, [Shard(0)]) for n in (4, 3, 1) for d in FLOATS]
+        return compare([tensor * 1.5 for tensor in before], before)
+
+    assert_all_right(on_ranks(measure))
+
+
+def test_sums_over_ranks_that_are_still_to_be_done_are_done():
+    def measure():
+        mesh = init_device_mesh("cpu", (2,))
+        own = torch.tensor([3.0, 4.0]) * (1 + mesh.get_local_rank())
+        return tensor_norms([DTensor.from_local(own, mesh, [Partial()])]).tolist(), [15.0]
+
+    assert_all_right(on_ranks(measure))
+
+
+def test_ranks_meet_once_for_all_tensors(monkeypatch):
+    def measure():
+        mesh = init_device_mesh("cpu", (2,))
+        meetings, original = [], dist.all_reduce
+        monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: meetings.append(1) or original(*args, **kwargs))
+        parts = [distribute_tensor(torch.ones(n), mesh, [Shard(0)]) for n in range(1, 9)]
+        copies = [distribute_tensor(torch.ones(n), mesh, [Replicate()]) for n in range(1, 9)]
+        tensor_norms([*parts, *copies])
+        tensor_norms(copies)
+        tensor_norms([torch.ones(3)])
+        return len(meetings)
+
+    assert on_ranks(measure) == [1, 1]
+
+
+def test_a_mesh_of_two_dimensions():
+    """Replicas of parts, parts of parts, tensors of one dimension alone, and FSDP2 over tensor parallelism."""
+
+    def measure():
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+        torch.manual_seed(0)
+        ways = [[Replicate(), Shard(0)], [Shard(0), Replicate()], [Shard(0), Shard(1)], [Shard(0), Shard(0)]]
+        ways += [[Replicate(), Replicate()], [Shard(1), Shard(0)]]
+        tensors = [distribute_tensor(torch.randn(5, 3), mesh, way) for way in ways]
+        tensors += [distribute_tensor(torch.randn(3), mesh[name], [Shard(0)]) for name in ("data", "tensor")]
+        layers = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Linear(6, 5))
+        parallelize_module(layers, mesh["tensor"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+        fully_shard(layers, mesh=mesh["data"])
+        kinds = {type(placement).__name__ for p in layers.parameters() for placement in p.placements}
+        assert "_StridedShard" in kinds  # which says of itself that it is no Shard
+        return compare([*tensors, *layers.parameters()])
+
+    assert_all_right(on_ranks(measure, count=4))
