@@ -141,3 +141,56 @@ def test_config_that_the_cli_saves_builds_the_same_again(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").unlink()
     second = run(saved, tmp_path)
     assert [c.settings for c in second.trainer.callbacks[:6]] == [c.settings for c in first.trainer.callbacks[:6]]
+
+
+RESTARTS = {"class_path": "lightning_tricks.CosineRestarts", "init_args": {"cycles": 4}}
+
+
+@pytest.mark.parametrize(
+    ("class_path", "init_args", "settings"),
+    [
+        ("EMA", {"decay": [0.9, 0.99]}, {"decay": [0.9, 0.99]}),
+        (
+            "EMA",
+            {"decay": {"class_path": "lightning_tricks.HalfLife", "init_args": {"duration": "2ep"}}},
+            {"decay": "HalfLife(duration='2ep')"},
+        ),
+        (
+            "EMA",
+            {
+                "decay": [0.9, {"class_path": "lightning_tricks.Warmed", "init_args": {"decay": 0.99}}],
+                "evaluate": "both",
+                "device": "cpu",
+                "dtype": "float32",
+                "include": ["body.*", "head.*"],
+                "exclude": "head.bias",
+                "buffers": "copy",
+            },
+            {
+                "decay": [0.9, "Warmed(decay=0.99, power=0.6666666666666666, inv_gamma=1)"],
+                "evaluate": "both",
+                "device": "cpu",
+                "dtype": "float32",
+                "include": ["body.*", "head.*"],
+                "exclude": ["head.bias"],
+                "buffers": "copy",
+            },
+        ),
+        (
+            "PolyakAverage",
+            {"start": 0.5, "every_n_steps": RESTARTS, "update_bn": True},
+            {"start": 0.5, "every_n_steps": "CosineRestarts(cycles=4", "update_bn": True},
+        ),
+        ("PolyakAverage", {"start": "1ep", "every_n_steps": "1ep"}, {"start": "1ep", "every_n_steps": "1ep"}),
+        ("PostHocEMA", {"sigma_rels": [0.05, 0.15], "every_n_steps": 5}, {"sigma_rels": [0.05, 0.15]}),
+        ("SnapshotEnsemble", {"cycles": 2, "keep": 1}, {"keep": 1}),
+    ],
+)
+def test_every_average_from_yaml(class_path, init_args, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    monkeypatch.chdir(tmp_path)
+    callback = {"class_path": f"lightning_tricks.{class_path}", "init_args": init_args}
+    cli = run(config_with([callback]), tmp_path)
+    got = cli.trainer.callbacks[0].settings
+    for key, value in settings.items():
+        assert got[key] == value or got[key].startswith(value)

@@ -84,7 +84,8 @@ def save(
     if sharded:  # of what is whole on each rank, any rank's is written
         averages.agree_on_buffers(trainer)
     exact = not evaluated or averages.dtype is not None  # a state dict has the module's dtypes
-    extra = {label: averages.whole(index, gather=not sharded) for index, label in enumerate(labels) if index or exact}
+    read = averages.values if sharded else averages.whole
+    extra = {label: read(index) for index, label in enumerate(labels) if index or exact}
     raw: dict[str, Any] = {}
     if evaluated:
         checkpoint["state_dict"], raw[RAW] = both_state_dicts(averages, trainer, here)
@@ -157,8 +158,7 @@ def _read_beside(
         parts[RAW] = {name: value.clone() for name, value in state.items()}
     if beside[EXTRA]:
         parts[EXTRA] = {
-            label: {name: value.clone() for name, value in averages.whole(0, gather=False).items()}
-            for label in beside[EXTRA]
+            label: {name: value.clone() for name, value in averages.values(0).items()} for label in beside[EXTRA]
         }
     read_folder({beside["place"]: parts}, checkpoint_id=trainer.strategy.broadcast(trainer.ckpt_path))
     return parts

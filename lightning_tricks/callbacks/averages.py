@@ -233,6 +233,7 @@ class Averages:
         if not self.tensors or self.raw is not None:
             return
         self._settle()
+        self._drop_what_changed_shape()
         # Validation is in inference mode; what training goes on with must not be made of inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             average = self._complete(self.tensors[index])
@@ -282,16 +283,13 @@ class Averages:
         shown = self.raw is not None and index == self.shown
         average = self.tensors[index] if shown else self._complete(self.tensors[index])
         live = self._live(average)
-        parts = {name: value for name, value in average.items() if value is not None}
-        return {name: t.detach() if shown else as_part_of(parts[name], t) for name, t in live.items()}
+        parts = {name: own_part(live[name]) if value is None else value for name, value in average.items()}
+        return {name: as_part_of(part, live[name]).detach() for name, part in parts.items()}
 
     def own_values(self) -> dict[str, Tensor]:
         """The module's own, of the tensors in whose place it shows an average: live, sharded where the module's are."""
-        return (
-            {name: as_part_of(self.raw[name], tensor) for name, tensor in self._live(self.raw).items()}
-            if self.raw
-            else {}
-        )
+        raw = self.raw or {}
+        return {name: as_part_of(raw[name], tensor) for name, tensor in self._live(raw).items()}
 
     def _complete(self, average: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         """With what belongs to an average but is none: singular vectors, which would not normalise if averaged."""
@@ -329,19 +327,14 @@ class Averages:
             self.raw = {name: self.raw[name].to(self._home(live)) for name, live in self._live(self.raw).items()}
         self._updater = None
 
-    def whole(self, index: int, gather: bool) -> dict[str, Tensor]:
-        """An average as a checkpoint holds it, with the vectors of spectral norm; all ranks together.
+    def whole(self, index: int) -> dict[str, Tensor]:
+        """An average as a checkpoint in one file holds it; all ranks together.
 
         Args:
-            index: which; it must not be shown as a copy.
-            gather: whether sharded tensors are put together, else they stay sharded.
+            index: which.
         """
-        self._settle()
-        shown = self.raw is not None and index == self.shown
-        average = self.tensors[index] if shown else self._complete(self.tensors[index])
-        live = self._live(average)
-        parts = {name: as_part_of(value, live[name]) for name, value in average.items() if value is not None}
-        return {name: t.full_tensor() if gather and isinstance(t, DTensor) else t for name, t in parts.items()}
+        values = self.values(index)
+        return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in values.items()}
 
     @torch.no_grad()
     def fill(self, index: int, values: Mapping[str, Tensor]) -> None:

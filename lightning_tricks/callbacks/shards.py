@@ -3,7 +3,6 @@
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -25,14 +24,13 @@ def hold_parts(module: nn.Module) -> None:
             child.reshard()
 
 
-@torch.no_grad()
 def own_part(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, in the same storage; the tensor itself where each rank has the whole.
 
     Args:
         tensor: any tensor.
     """
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def as_part_of(part: Tensor, tensor: Tensor) -> Tensor:
