@@ -33,7 +33,7 @@ class Averages:
         exclude: patterns of names that are not.
         buffers: whether floating buffers are averaged too.
         device: `"cpu"`, or None for each tensor's own.
-        dtype: of averages of real numbers; None for each tensor's own.
+        dtype: least dtype of averages of real numbers; None for each tensor's own.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Averages:
         self._added: set[str] = set()  # what is shown beside the averaged tensors
         self._kept: dict[str, Tensor | None] = {}  # of the guarded ones what the last showing left
         self._updater: Updater | None = None
+        self._places: list[tuple[dict[str, Tensor | None], str]] = []  # what the updater looks at
 
     @property
     def begun(self) -> bool:
@@ -114,7 +115,7 @@ class Averages:
     def forget_module(self) -> None:
         """Let go of the module."""
         self._settle()
-        self._slots, self._sharded, self._updater = {}, [], None
+        self._slots, self._sharded, self._updater, self._places = {}, [], None, []
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is one of those that were found.
@@ -160,12 +161,13 @@ class Averages:
         Raises:
             ValueError: a parameter that is averaged has another shape now.
         """
-        pointers = [tensor.data_ptr() for tensor in self._parts()]
-        if self._updater is None or self._updater.pointers != pointers:  # else what was laid out still holds
+        self._reshard()
+        if self._updater is None or not self._updater.fits([holder[key] for holder, key in self._places]):
             self._settle()
             self._drop_what_changed_shape()
             averages = [[tensor for tensor in average.values() if tensor is not None] for average in self.tensors]
-            self._updater = Updater(averages, self._parts())
+            self._places = [self._slots[name] for name in self.tensors[0]]
+            self._updater = Updater(averages, list(self._live(self.tensors[0]).values()))
         self._updater.update(decays)
 
     def _reshard(self) -> None:
@@ -190,7 +192,8 @@ class Averages:
         return [name for name, fine in zip(names, able, strict=True) if fine]
 
     def _copied(self, part: Tensor) -> Tensor:
-        dtype = self.dtype if part.is_floating_point() and self.dtype is not None else part.dtype
+        widened = self.dtype is not None and part.is_floating_point()
+        dtype = torch.promote_types(part.dtype, self.dtype) if widened and self.dtype else part.dtype
         home = self._home(part)
         if home.type == "cpu" and part.is_cuda:
             return torch.empty_like(part, device=home, dtype=dtype, pin_memory=True).copy_(part.detach())
@@ -199,21 +202,14 @@ class Averages:
     def _home(self, part: Tensor) -> torch.device:
         return torch.device("cpu") if self.device == "cpu" else part.device
 
-    @torch.no_grad()
-    def _parts(self) -> list[Tensor]:
-        self._reshard()
-        slots = self._slots
-        tensors = [slots[name][0][slots[name][1]] for name in self.tensors[0]]
-        return [_MISSING if tensor is None else own_part(tensor) for tensor in tensors]
-
     def _drop_what_changed_shape(self) -> None:
-        for (name, before), part in zip(list(self.tensors[0].items()), self._parts(), strict=True):
-            if before is None or (part.shape == before.shape and part is not _MISSING):
+        for name, tensor in self._live(list(self.tensors[0])).items():
+            before = self.tensors[0][name]
+            if before is None or (tensor is not None and own_part(tensor).shape == before.shape):
                 continue
-            holder, key = self._slots[name]
-            if isinstance(holder[key], Parameter):
+            if isinstance(tensor, Parameter):
                 fix = "Give it its shape before the training, or let the average start later (start=)"
-                got = f"{plain_name(name)} of {tuple(part.shape)}"
+                got = f"{plain_name(name)} of {tuple(own_part(tensor).shape)}"
                 raise ValueError(message(self.owner, "parameters", f"of one shape, {tuple(before.shape)}", got, fix))
             for average in self.tensors:  # a buffer that grows, or was taken away, stays as the module has it
                 del average[name]
@@ -372,15 +368,12 @@ class Averages:
         """A fingerprint of the averaged tensors as the module holds them; None where it has no such tensors."""
         if not self.tensors or not self.tensors[0].keys() <= self._slots.keys():
             return None
-        return fingerprint(tensor for tensor in self._parts() if tensor is not _MISSING)
+        live: Iterable[Tensor | None] = self._live(self.tensors[0]).values()
+        return fingerprint(own_part(tensor) for tensor in live if tensor is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
-        return {**self.__dict__, "_slots": {}, "_sharded": [], "_updater": None}
-
-
-_MISSING = torch.empty(0)
-"""In the place of a buffer that was taken away."""
+        return {**self.__dict__, "_slots": {}, "_sharded": [], "_updater": None, "_places": []}
 
 
 def plain_name(name: str) -> str:

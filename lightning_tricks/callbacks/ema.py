@@ -59,7 +59,7 @@ class EMA(Callback):
             `val/loss_0.9999` that of a further one, `val/loss_raw` that of the raw weights. With `"raw"` the averages
             are only in the checkpoints, for `load_average`.
         device: `"cpu"` keeps the average in the host's memory, where it costs none of an accelerator's.
-        dtype: `"float32"` or `"float64"`: of the average, where that of the weights is too coarse.
+        dtype: `"float32"` or `"float64"`: what the average is at least kept in, where the weights are coarser.
         include: patterns of names of the weights that are averaged, as `"backbone.*"`; None for all.
         exclude: patterns of names that are not; the module keeps its own of them.
         buffers: `"copy"` leaves floating buffers too as the module has them.

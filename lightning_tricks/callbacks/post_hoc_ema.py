@@ -1,7 +1,7 @@
 """Averages of the weights stored through the run, from which one of any width is put together afterwards."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -9,13 +9,16 @@ from typing import Any, BinaryIO, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelPruning
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_tricks.callbacks.averages import Averages
 from lightning_tricks.callbacks.clock import epoch_length, run_length
 from lightning_tricks.callbacks.run_folder import (
     Row,
@@ -28,19 +31,18 @@ from lightning_tricks.callbacks.run_folder import (
     write_manifest,
     write_whole,
 )
+from lightning_tricks.callbacks.shards import hold_parts, own_part
 from lightning_tricks.callbacks.steps import after_real_steps, refuse_sharded, refuse_twins
-from lightning_tricks.callbacks.weights import spectral_norms
-from lightning_tricks.functional.averaging import Averaging, can_average, ema_
+from lightning_tricks.callbacks.weights import named_weights
+from lightning_tricks.functional.averaging import Averaging, can_average
 from lightning_tricks.functional.checks import message
 from lightning_tricks.functional.post_hoc import PowerFunction, check_sigma_rel
 from lightning_tricks.functional.schedules import Duration, check_duration, resolve_epochs
-from lightning_tricks.functional.slots import weight_slots
 from lightning_tricks.loggers import log_settings
 from lightning_tricks.post_hoc import FORMAT, read_manifest
 
 KEY = "post_hoc_ema"
 """Where a checkpoint has the averages and the run's snapshots."""
-HALF = (torch.float16, torch.bfloat16)
 
 
 class PostHocEMA(Callback):
@@ -118,14 +120,14 @@ class PostHocEMA(Callback):
         self._plan = Averaging(0.0, every_n_steps=every_n_steps)  # says which steps a snapshot is due after
         self._decays = [PowerFunction(width) for width in sigma_rels]
         self._total_steps = math.inf
-        self._slots: dict[str, tuple[dict[str, Tensor | None], str]] = {}
+        self._averages = Averages(self.owner, dtype=torch.float32)  # in half precision an average stands still
         self._handles: list[RemovableHandle] = []
         self._forget()
 
     def _forget(self) -> None:
         self._steps = 0
-        self._averages: list[dict[str, Tensor]] = []  # of each width, on rank 0
-        self._buffers: list[str] = []  # of the averaged tensors
+        self._averages.end()
+        self._loaded: list[dict[str, Tensor]] = []  # averages of a checkpoint, until the training starts
         self._folder: str | None = None
         self._run: str | None = None  # which run the folder belongs to
         self._rows: list[Row] = []
@@ -146,7 +148,7 @@ class PostHocEMA(Callback):
         if any(isinstance(other, ModelPruning) for other in trainer.callbacks):
             fix = "It replaces the parameters that are averaged; prune after the training"
             raise ValueError(message(self.owner, "callbacks", "without ModelPruning", "ModelPruning", fix))
-        refuse_sharded(self.owner, trainer)
+        refuse_sharded(self.owner, trainer, dtensors=True)
 
     # ------------------------------------------------------------------ when
 
@@ -169,12 +171,13 @@ class PostHocEMA(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave the device, as the module does."""
         self._release()
-        self._averages = [{name: tensor.cpu() for name, tensor in average.items()} for average in self._averages]
 
     def _release(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._slots = [], {}
+        self._handles = []
+        self._averages.follow()
+        self._averages.forget_module()
 
     # ------------------------------------------------------------------ what
 
@@ -191,94 +194,91 @@ class PostHocEMA(Callback):
         if self._plan.needs_length:
             fix = "Give every_n_steps= in optimizer steps"
             self._total_steps = run_length(self.owner, trainer, fix) * optimizers
-        self._slots = {name: (holder, key) for name, holder, key in weight_slots(pl_module)}
-        if not trainer.is_global_zero:
-            self._averages = []
+        if self._averaging(trainer):
+            self._take_up(pl_module)
+        self._loaded = []
         default = Path(trainer.log_dir or trainer.default_root_dir) / "post_hoc_ema"
         self._folder, self._run, self._rows = on_rank_zero(trainer, lambda: self._claim(default))
         rank_zero_info(f"{self.owner}: snapshots go to {self._folder} (every_n_steps={self.every_n_steps!r}).")
         self._handles = after_real_steps(self.owner, trainer.optimizers, partial(self._advance, trainer))
 
-    def _place(self) -> None:
-        """Put the averages where the weights are; refuse those of another module."""
-        if not self._averages:
-            return
-        names = self._averages[0]
-        here = {name: tensor for name in self._slots if (tensor := self._tensor(name)) is not None}
-        self._buffers = [name for name in names if name in here and not isinstance(here[name], Parameter)]
-        kept = [name for name in names if name not in self._buffers]
-        unlike = [name for name in kept if name not in here or here[name].shape != names[name].shape]
-        unlike += [n for n, t in here.items() if n not in names and isinstance(t, Parameter) and can_average(t)]
+    def _averaging(self, trainer: pl.Trainer) -> bool:
+        """Whether this rank averages: rank 0, and every rank that has parts of the weights."""
+        return trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy)
+
+    def _take_up(self, pl_module: pl.LightningModule) -> None:
+        """Go on with the averages of a checkpoint or of the fit before; refuse those of another module."""
+        averages, loaded = self._averages, self._loaded
+        here = {name: t if loaded else own_part(t) for name, t in named_weights(pl_module).items()}
+        known: Sequence[Mapping[str, Tensor | None]] = loaded or averages.tensors or [{}]
+        first = {name: tensor for name, tensor in known[0].items() if tensor is not None}
+        unlike = [name for name in first if name not in here]
+        learned = [name for name, tensor in here.items() if isinstance(tensor, Parameter)]
+        unlike += [name for name in learned if name in first and here[name].shape != first[name].shape]
+        unlike += [name for name in learned if first and name not in first and can_average(own_part(here[name]))]
         if unlike:
             condition = "the one whose weights are in the averages"
             fix = "Go on with that module, or begin a new run"
             raise ValueError(message(self.owner, "module", condition, f"others at {', '.join(unlike)}", fix))
-        self._averages = [{n: t.to(here[n].device) for n, t in average.items()} for average in self._averages]
-
-    def _tensor(self, name: str) -> Tensor | None:
-        holder, key = self._slots[name]
-        return holder[key]
+        averages.find(pl_module)
+        averages.follow()
+        if loaded:
+            averages.begin(len(loaded), here.keys() - first.keys())
+            for index, values in enumerate(loaded):
+                averages.fill(index, values)
 
     def _advance(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         self._steps += 1
-        if trainer.is_global_zero:
-            self._average(trainer.lightning_module)
+        if self._averaging(trainer):
+            if self._averages.begun:
+                self._averages.update([decay(self._steps - 1, self._total_steps) for decay in self._decays])
+            else:
+                self._averages.find(trainer.lightning_module)
+                self._averages.begin(len(self._decays))
         # Here and not at the batch's end, where a checkpoint of this step may have been written already.
         if self._plan(self._steps, 1, self._total_steps) is not None:
             self._snapshot(trainer, due=True)
 
-    def _average(self, pl_module: pl.LightningModule) -> None:
-        if not self._averages:
-            vectors = {name for norm in spectral_norms(pl_module) for name in (norm.left, norm.right)}
-            weights = {name: tensor for name in self._slots if (tensor := self._tensor(name)) is not None}
-            chosen = {name: t for name, t in weights.items() if name not in vectors and can_average(t)}
-            self._buffers = [name for name, tensor in chosen.items() if not isinstance(tensor, Parameter)]
-            self._averages = [{n: _single(t.detach()).clone() for n, t in chosen.items()} for _ in self._decays]
-            return
-        for name in list(self._buffers):
-            tensor = self._tensor(name) if name in self._slots else None
-            if tensor is None or tensor.shape != self._averages[0][name].shape:
-                # A buffer that grows, or was taken away, has no average: snapshots have it as the module does.
-                self._buffers.remove(name)
-                for average in self._averages:
-                    del average[name]
-        weights_now = [_single(t) for name in self._averages[0] if (t := self._tensor(name)) is not None]
-        for decay, average in zip(self._decays, self._averages, strict=True):
-            ema_(list(average.values()), weights_now, decay(self._steps - 1, self._total_steps))
-
     def _snapshot(self, trainer: pl.Trainer, due: bool) -> None:
         row: Row = {"file": f"snapshot-step={self._steps}.pt", "step": self._steps, "due": due}
+        content = self._content(trainer.lightning_module) if self._averaging(trainer) else {}
+
+        def save(file: BinaryIO) -> None:
+            torch.save(content, file)
 
         def write() -> list[Row]:
             folder = Path(self._folder or ".")
-            content = self._content(trainer.lightning_module)
-
-            def save(file: BinaryIO) -> None:
-                torch.save(content, file)
-
             write_whole(folder / row["file"], save)
             return self._write(folder, [*self._rows, row], set())
 
         self._rows = on_rank_zero(trainer, write)
 
+    def _whole(self) -> list[dict[str, Tensor]]:
+        """The averages with whole tensors; of sharded weights all ranks put them together."""
+        names = set(self._averages.names)
+        wholes = [self._averages.whole(index) for index in range(len(self._averages.tensors))]
+        return [{name: tensor for name, tensor in whole.items() if name in names} for whole in wholes]
+
     def _content(self, pl_module: pl.LightningModule) -> dict[str, Any]:
         """What a file holds, by the names of the module's state dict."""
+        hold_parts(pl_module)
         # A hook of the module may rename its tensors, and tied ones have several names there.
-        names = {id(self._tensor(name)): name for name in self._slots}
+        names = {id(tensor): name for name, tensor in named_weights(pl_module).items()}
         state = pl_module.state_dict(keep_vars=True)
         owners = {key: names.get(id(value), key) for key, value in state.items()}
-        averaged = {key: name for key, name in owners.items() if name in self._averages[0]}
-        files = [{name: self._stored(tensor) for name, tensor in average.items()} for average in self._averages]
+        files = [{name: self._stored(tensor) for name, tensor in whole.items()} for whole in self._whole()]
+        averaged = {key: name for key, name in owners.items() if name in files[0]}
         rest = {key: value for key, value in state.items() if key not in averaged}
-        late = [key for key, v in rest.items() if isinstance(v, Parameter) and owners[key] not in self._slots]
+        late = [key for key, v in rest.items() if isinstance(v, Parameter) and not self._averages.holds(v)]
         if late:
             condition = "one whose parameters are all there when training starts"
             fix = "Make them in __init__, setup or configure_model"
             raise ValueError(message(self.owner, "module", condition, f"later ones at {', '.join(late)}", fix))
+        whole = {key: v.detach().full_tensor() if isinstance(v, DTensor) else v for key, v in rest.items()}
         return {
             "averages": [{key: file[name] for key, name in averaged.items()} for file in files],
             "dtypes": {key: state[key].dtype for key in averaged},
-            "copied": {key: v.detach().cpu() if isinstance(v, Tensor) else v for key, v in rest.items()},
+            "copied": {key: v.detach().cpu() if isinstance(v, Tensor) else v for key, v in whole.items()},
         }
 
     def _stored(self, average: Tensor) -> Tensor:
@@ -296,7 +296,6 @@ class PostHocEMA(Callback):
 
     def _claim(self, default: Path) -> tuple[str, str, list[Row]]:
         """The folder, the run's name and its snapshots up to now; what was written later is removed."""
-        self._place()
         new = self._run is None
         folder, self._run = claim(self.owner, self.directory, self._folder, self._run, default, read_manifest)
         rows = [] if new else [row for row in self._rows if row["due"] and row["step"] <= self._steps]
@@ -310,11 +309,13 @@ class PostHocEMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the averages, and which snapshots there are, in the checkpoint's own key."""
+        if not self._handles:  # before or after the training
+            self._averages.find(pl_module)
         if self._run is not None:
             checkpoint[KEY] = {
                 "sigma_rels": list(self.sigma_rels),
                 "steps": self._steps,
-                "averages": [dict(average) for average in self._averages],
+                "averages": [{n: t.cpu() for n, t in whole.items()} for whole in self._loaded or self._whole()],
                 "directory": self._folder,
                 "run": self._run,
                 "rows": [dict(row) for row in self._rows],
@@ -333,13 +334,8 @@ class PostHocEMA(Callback):
         if saved["sigma_rels"] != list(self.sigma_rels):
             fix = f"Give sigma_rels={saved['sigma_rels']}, or begin a new run"
             raise ValueError(message(self.owner, "sigma_rels", "those of the checkpoint", self.sigma_rels, fix))
-        self._steps, self._averages = saved["steps"], saved["averages"]
+        self._steps, self._loaded = saved["steps"], saved["averages"]
         self._folder, self._run, self._rows = saved["directory"], saved["run"], saved["rows"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": [], "_slots": {}}
-
-
-def _single(tensor: Tensor) -> Tensor:
-    """In half precision an average stands still."""
-    return tensor.float() if tensor.dtype in HALF else tensor
+        return {**self.__dict__, "_handles": []}

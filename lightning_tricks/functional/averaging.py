@@ -17,7 +17,7 @@ from lightning_tricks.functional.schedules import Duration, Schedule, check_dura
 
 _SAMPLES = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)samples")
 _SERIAL = (1 << 15) - 1  # the most numbers that torch does not share out among the threads of a CPU
-_LARGE = 1 << 20  # numbers from which on several threads are worth their start
+_LARGE = 1 << 17  # numbers from which on several threads are worth their start
 
 Decay: TypeAlias = Callable[[int, float], float]
 """What maps (updates, total_steps) to the weight of the old average in the next update; `updates` is at least 1."""

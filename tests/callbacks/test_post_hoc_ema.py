@@ -29,7 +29,7 @@ from kit import (
 )
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ModelPruning
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.data import DataLoader, IterableDataset
@@ -549,7 +549,7 @@ def test_averages_leave_the_run_and_come_back(tmp_path):
     fit([callback, every_epoch(tmp_path)])
     saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)["post_hoc_ema"]
     assert saved["steps"] == 12
-    assert_same(saved["averages"], callback._averages)
+    assert_same(saved["averages"], callback._averages.tensors)
     assert_same(saved["averages"][0], dict(load(tmp_path / "post_hoc_ema", 12)["averages"][0]))
     twin = pickle.loads(pickle.dumps(callback))
     assert twin.settings == callback.settings
@@ -654,7 +654,7 @@ def test_two_ranks_write_one_directory_and_only_one_holds_averages(tmp_path):
     class Seen(Callback):
         def on_train_end(self, trainer, pl_module):
             ours = trainer.callbacks[1]
-            report = [ours._rows, ours._steps, ours._folder, ours._run, len(ours._averages)]
+            report = [ours._rows, ours._steps, ours._folder, ours._run, len(ours._averages.tensors)]
             torch.save(report, tmp_path / f"{trainer.global_rank}.pt")
             if trainer.is_global_zero:
                 torch.save({str(step): now for step, now in trainer.callbacks[0].after.items()}, tmp_path / "direct.pt")
@@ -714,7 +714,7 @@ def test_what_only_a_trainer_can_tell(tmp_path):
     with pytest.raises(ValueError, match="callbacks must be without ModelPruning"):
         fit([PostHocEMA(), pruning])
     trainer = make_trainer([])
-    trainer.strategy.__class__ = ModelParallelStrategy
+    trainer.strategy.__class__ = FSDPStrategy
     with pytest.raises(ValueError, match="PostHocEMA: strategy must be one that keeps whole parameters on each rank"):
         PostHocEMA().setup(trainer, Net(), "fit")
     assert list(tmp_path.iterdir()) == []

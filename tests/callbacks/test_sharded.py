@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import lightning_tricks as lt
 
-REFUSED = {"PostHocEMA"}
+REFUSED: set[str] = set()
 """Rows that want whole parameters."""
 ROWS = {
     **{name: row for name, row in CALLBACKS.items() if name not in REFUSED},

@@ -232,11 +232,11 @@ def test_pieces_are_the_same_numbers(sizes, transposed):
     for average, tensor in zip(averages, tensors, strict=True):
         assert torch.equal(average, tensor)
     assert all(left.shape == right.shape for left, right in zip(cut_averages, cut, strict=True))
-    assert transposed or all(len(part.flatten()) < 1 << 15 for part in cut)
+    assert transposed or all(part.numel() < 1 << 15 or part.numel() >= 1 << 17 for part in cut)
 
 
 def test_large_tensors_and_those_of_unlike_layout_are_not_cut():
-    large = torch.zeros(1 << 20)
+    large = torch.zeros(1 << 17)
     assert [len(part) for part in pieces([large], [large])] == [1, 1]
     square = torch.zeros(300, 300)
     assert [len(part) for part in pieces([square.t()], [square])] == [1, 1]
