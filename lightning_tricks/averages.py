@@ -1,5 +1,6 @@
 """Averages of weights that were saved, for use without a Trainer."""
 
+import pickle
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -43,16 +44,15 @@ def load_average(checkpoint: str | Path | Mapping[str, Any], model: Module, name
         2.0
     """
     folder = Path(checkpoint) if isinstance(checkpoint, (str, Path)) and Path(checkpoint).is_dir() else None
-    saved: Mapping[str, Any]
-    if isinstance(checkpoint, Mapping):
-        saved = checkpoint
-    else:
-        saved = torch.load(folder / "meta.pt" if folder else checkpoint, map_location="cpu", weights_only=True)
+    saved = checkpoint if isinstance(checkpoint, Mapping) else _load(Path(checkpoint))
+    if folder is None and "state_dict" not in saved:
+        fix = "Give what a Trainer saved"
+        raise ValueError(message("load_average", "checkpoint", "one with a state_dict", sorted(saved), fix))
     parts = _in_file(saved) if folder is None else _in_folder(folder, saved, model)
     if name is None and saved.get(NAMES, RAW in saved):
         name = next(iter(parts))
     if name is None or name not in parts:
-        fix = "Was it written with EMA, after the average had begun?"
+        fix = "One of weights alone that was saved after fit has the average as its state_dict, which needs no name"
         condition = f"an average of the checkpoint, which has {', '.join(parts) or 'none'}"
         raise ValueError(message("load_average", "name", condition, name, fix))
     state, average = parts[name]()
@@ -67,11 +67,28 @@ def load_average(checkpoint: str | Path | Mapping[str, Any], model: Module, name
         state = {**saved, "state_dict": dict(state)}
         model.on_load_checkpoint(state)
         state = state["state_dict"]
-    model.load_state_dict(state)
+    keys = {plain_name(key): key for key in model.state_dict()}
+    state = {keys.get(plain_name(key), key): value for key, value in state.items()}
+    model.load_state_dict(state, strict=getattr(model, "strict_loading", True))
     with torch.no_grad():
         for own, tensor in average.items():
             live[own].copy_(tensor)
     return model
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    fix = "Load it with torch.load(path, weights_only=False), if you trust it, and give the result"
+    if path.is_dir() and not (path / "meta.pt").is_file():
+        fix = "Give the folder that a Trainer wrote under ModelParallelStrategy, or a file"
+        raise ValueError(message("load_average", "checkpoint", "a folder with meta.pt", str(path), fix))
+    try:
+        saved: Any = torch.load(path / "meta.pt" if path.is_dir() else path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        condition = "one that torch.load reads with weights_only=True"
+        raise ValueError(message("load_average", "checkpoint", condition, str(path), fix)) from error
+    if not isinstance(saved, Mapping):
+        raise ValueError(message("load_average", "checkpoint", "what a Trainer saved", type(saved).__name__, fix))
+    return saved
 
 
 def _in_file(saved: Mapping[str, Any]) -> dict[str, Part]:

@@ -6,6 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as read_folder
@@ -126,9 +128,12 @@ def load(
         raise ValueError(message(averages.owner, "decay", f"as in the checkpoint: {', '.join(saved)}", labels, fix))
     averages.find(module)
     averages.begin(len(labels), checkpoint.get("unaveraged_weights"))
+    if set(saved) != set(labels):  # another decay: the averages go on, each in its place
+        rank_zero_info(f"{averages.owner}: the checkpoint's averages {saved} go on as {labels}.")
+        labels = saved
     if BESIDE in checkpoint:
         checkpoint = {**checkpoint, **_read_beside(averages, trainer, module, checkpoint[BESIDE])}
-    for index, label in enumerate(saved):
+    for index, label in enumerate(labels):
         if label in checkpoint.get(EXTRA, {}):
             averages.fill(index, checkpoint[EXTRA][label])
     if RAW in checkpoint:
@@ -137,14 +142,15 @@ def load(
 
 
 def _load_raw(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    raw = {**checkpoint, "state_dict": checkpoint[RAW]}
+    raw = {**{key: value for key, value in checkpoint.items() if key != RAW}, "state_dict": checkpoint[RAW]}
     if isinstance(trainer.strategy, ModelParallelStrategy):
         whole = not any(isinstance(value, DTensor) for value in raw["state_dict"].values())
         options = StateDictOptions(full_state_dict=whole, strict=module.strict_loading)
         set_model_state_dict(module, dict(raw["state_dict"]), options=options)
         return
-    if raw["state_dict"].keys() != checkpoint["state_dict"].keys():
-        module.on_load_checkpoint(raw)  # which has renamed the average's keys
+    if is_overridden("on_load_checkpoint", module):  # what it did to the average, it must do to these
+        raw["state_dict"] = dict(raw["state_dict"])
+        module.on_load_checkpoint(raw)
     trainer.strategy.load_model_state_dict(raw, strict=module.strict_loading)
 
 

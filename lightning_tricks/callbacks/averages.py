@@ -102,6 +102,10 @@ class Averages:
                     fix = f"The module has {', '.join(list(map(plain_name, self._slots))[:5])}, ..."
                     condition = "patterns of the names of the module's weights, as 'backbone.*'"
                     raise ValueError(message(self.owner, argument, condition, pattern, fix))
+        if self._slots and not any(self._wanted(name, holder[key]) for name, (holder, key) in self._slots.items()):
+            fix = "Let them leave something to average"
+            given = {"include": self.include, "exclude": self.exclude}
+            raise ValueError(message(self.owner, "include", "patterns of floating weights", given, fix))
         for norm in self._spectral:
             fix = "Put spectral norm first, or leave the other parametrization out"
             condition = "of one tensor before spectral norm"
@@ -126,9 +130,10 @@ class Averages:
         return any(holder.get(key) is tensor for holder, key in self._slots.values())
 
     def _live(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The module's tensors; whoever lets time pass must look for None, a buffer that was taken away."""
         self._reshard()
         slots = self._slots
-        return {name: slots[name][0][slots[name][1]] for name in names}  # type: ignore[misc]
+        return {name: slots[name][0].get(slots[name][1]) for name in names}  # type: ignore[misc]
 
     # ------------------------------------------------------------------ updates
 
@@ -141,7 +146,10 @@ class Averages:
             unaveraged: names of the tensors that are left out; None for those that cannot be averaged or shall not.
         """
         live = {name: tensor for name, (holder, key) in self._slots.items() if (tensor := holder[key]) is not None}
-        names = self._choose(live) if unaveraged is None else [name for name in live if name not in unaveraged]
+        if unaveraged is None:
+            names = self._choose(live)
+        else:
+            names = [name for name in live if name not in unaveraged and self._wanted(name, live[name])]
         parts = {name: own_part(live[name]) for name in names}
         self.end()
         self.tensors = [{name: self._copied(part) for name, part in parts.items()} for _ in range(count)]
@@ -176,20 +184,24 @@ class Averages:
             part.reshard()
 
     def _choose(self, live: dict[str, Tensor]) -> list[str]:
-        names = [
-            name
-            for name, tensor in live.items()
-            if name not in _vectors(self._spectral)
-            and (self.buffers or isinstance(tensor, Parameter) or name in self.guarded)
-            and (self.include is None or _matches(name, self.include))
-            and not _matches(name, self.exclude)
-        ]
+        names = [name for name, tensor in live.items() if self._wanted(name, tensor)]
         able = [can_average(own_part(live[name])) for name in names]
         if any(isinstance(live[name], DTensor) for name in names):  # no rank sees what the others' parts hold
             everywhere: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everywhere, able)
             able = [all(ranks) for ranks in zip(*everywhere, strict=True)]
         return [name for name, fine in zip(names, able, strict=True) if fine]
+
+    def _wanted(self, name: str, tensor: Tensor | None) -> bool:
+        """Whether the settings let a tensor be averaged, if it can be."""
+        return (
+            tensor is not None
+            and (tensor.is_floating_point() or tensor.is_complex())
+            and name not in _vectors(self._spectral)
+            and (self.buffers or isinstance(tensor, Parameter) or name in self.guarded)
+            and (self.include is None or _matches(name, self.include))
+            and not _matches(name, self.exclude)
+        )
 
     def _copied(self, part: Tensor) -> Tensor:
         widened = self.dtype is not None and part.is_floating_point()
@@ -246,7 +258,7 @@ class Averages:
                     part = own_part(tensor)
                     self.raw[name] = part.to(value.device, copy=True)
                     part.copy_(value)
-                    if value.dtype == part.dtype:
+                    if value.dtype == part.dtype or name in self.guarded:
                         average[name] = None  # the module has it: no third copy
 
     def hide(self) -> None:
@@ -256,13 +268,16 @@ class Averages:
         average = self.tensors[self.shown]
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in self._live(self.raw).items():
+                if tensor is None or name not in average:  # taken away meanwhile, or already put back
+                    continue
                 raw, value = self.raw[name], average[name]
                 if value is not None and _exchangeable(tensor, value):
                     tensor.data = raw
-                else:
-                    part = own_part(tensor)
-                    average[name] = part.to(raw.device, copy=True) if value is None else value
-                    part.copy_(raw)
+                    continue
+                part = own_part(tensor)
+                if value is None:
+                    average[name] = self._copied(part)
+                part.copy_(raw)
         self._kept |= {name: average[name] for name in self._added & set(self.guarded) if name in average}
         self.tensors[self.shown] = {name: value for name, value in average.items() if name not in self._added}
         self.raw, self.shown, self._added, self._updater = None, 0, set(), None
@@ -278,14 +293,14 @@ class Averages:
         self._settle()
         shown = self.raw is not None and index == self.shown
         average = self.tensors[index] if shown else self._complete(self.tensors[index])
-        live = self._live(average)
-        parts = {name: own_part(live[name]) if value is None else value for name, value in average.items()}
-        return {name: as_part_of(part, live[name]).detach() for name, part in parts.items()}
+        live = {name: tensor for name, tensor in self._live(average).items() if tensor is not None}
+        parts = {name: own_part(live[name]) if average[name] is None else average[name] for name in live}
+        return {name: as_part_of(part, live[name]).detach() for name, part in parts.items() if part is not None}
 
     def own_values(self) -> dict[str, Tensor]:
         """The module's own, of the tensors in whose place it shows an average: live, sharded where the module's are."""
         raw = self.raw or {}
-        return {name: as_part_of(raw[name], tensor) for name, tensor in self._live(raw).items()}
+        return {name: as_part_of(raw[name], tensor) for name, tensor in self._live(raw).items() if tensor is not None}
 
     def _complete(self, average: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
         """With what belongs to an average but is none: singular vectors, which would not normalise if averaged."""
@@ -293,7 +308,7 @@ class Averages:
         for norm in self._spectral:
             weight = average.get(norm.weight)
             if weight is not None:
-                start = self._live([norm.left])[norm.left]
+                start = self._live([norm.left])[norm.left].to(weight.dtype)
                 with torch.no_grad():
                     for part in norm.before:
                         weight = part(weight)
@@ -314,13 +329,17 @@ class Averages:
         for index, average in enumerate(self.tensors):
             for name, tensor in self._live(average).items():
                 value = average[name]
-                if value is None:
+                if value is None or tensor is None:
                     continue
                 shown = self.raw is not None and index == self.shown
                 exchanged = shown and value.dtype == tensor.dtype and self.device is None
-                average[name] = tensor.data if exchanged else value.to(self._home(tensor))
+                finer = torch.promote_types(value.dtype, tensor.dtype)  # a resumed module is widened late
+                average[name] = tensor.data if exchanged else value.to(self._home(tensor), finer)
         if self.raw is not None:
-            self.raw = {name: self.raw[name].to(self._home(live)) for name, live in self._live(self.raw).items()}
+            live = self._live(self.raw)
+            self.raw = {
+                name: raw if live[name] is None else raw.to(self._home(live[name])) for name, raw in self.raw.items()
+            }
         self._updater = None
 
     def whole(self, index: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from torch.optim import Optimizer
 
 from lightning_tricks.callbacks.batches import describe, read_item, write_item
+from lightning_tricks.callbacks.steps import state_without_module
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.labels import WAYS_OUT, MixedLabels, soft_targets
 from lightning_tricks.loggers import log_settings
@@ -194,7 +195,7 @@ class BatchTransforms(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the module in the middle of a run carries a copy of this along: without a trainer it does nothing.
-        return {**self.__dict__, "_trainer": None, "_owner": None, "_mixed": None}
+        return state_without_module(self, _trainer=None, _owner=None, _mixed=None)
 
     # ------------------------------------------------------------------ what
 

@@ -20,7 +20,13 @@ from lightning_tricks.callbacks.averages import Averages, plain_name
 from lightning_tricks.callbacks.clock import epoch_length, run_length
 from lightning_tricks.callbacks.lr_schedule import global_batch_size
 from lightning_tricks.callbacks.second_pass import SecondPass
-from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES, after_real_steps, refuse_sharded, refuse_twins
+from lightning_tricks.callbacks.steps import (
+    LIGHTNINGS_AVERAGES,
+    after_real_steps,
+    refuse_sharded,
+    refuse_twins,
+    state_without_module,
+)
 from lightning_tricks.functional.averaging import Averaging, Decay, HalfLife
 from lightning_tricks.functional.checks import message
 from lightning_tricks.functional.schedules import Duration, Schedule, describe, resolve_epochs
@@ -97,7 +103,7 @@ class EMA(Callback):
         if not decays:
             raise ValueError(message(self.owner, "decay", "at least one", decay, "0.999 is usual"))
         self.decay, self.start, self.every_n_steps = decay, start, every_n_steps
-        self._averaging = [Averaging(one, start, every_n_steps) for one in decays]
+        self._averaging = [Averaging(one, start, every_n_steps, self.owner) for one in decays]
         self.labels = [label(one) for one in decays]
         if len(set(self.labels)) < len(decays):
             raise ValueError(message(self.owner, "decay", "different for each average", decay, "Leave one out"))
@@ -129,6 +135,7 @@ class EMA(Callback):
         self._updates = 0
         self._left: list[int] | None = None  # fingerprint of what the last fit left in the module
         self._again = SecondPass()
+        self._watched: list[int] = []  # optimizers
         self._known: dict[int, tuple[int, set[int]]] = {}  # parameters of each optimizer
         self._fitting = False
         self._evaluated = False
@@ -202,10 +209,22 @@ class EMA(Callback):
         if any(plan.needs_length for plan in self._plans):
             fix = "Give optimizer steps where a fraction of the run is"
             self._total_steps = run_length(self.owner, trainer, fix) * len(trainer.optimizers)
-        self._known = {id(optimizer): _parameters(optimizer) for optimizer in trainer.optimizers}
-        update = partial(self._update, pl_module)
-        self._handles = after_real_steps(self.owner, trainer.optimizers, update)
+        self._watch(trainer, pl_module)
         log_settings(self, trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Follow the module if it got other optimizers."""
+        if self._watched != [*map(id, trainer.optimizers)]:
+            self._watch(trainer, pl_module)
+
+    def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._watched = [*map(id, trainer.optimizers)]
+        self._known = {id(optimizer): _parameters(optimizer) for optimizer in trainer.optimizers}
+        self._handles = after_real_steps(self.owner, trainer.optimizers, partial(self._update, pl_module))
 
     def _resolved(self, trainer: pl.Trainer) -> list[Averaging]:
         """The plans in optimizer steps."""
@@ -215,7 +234,7 @@ class EMA(Callback):
             if isinstance(plan.decay, HalfLife) and plan.decay.samples is not None:
                 fix = "Give HalfLife steps or epochs"
                 batch = math.prod(global_batch_size(trainer, self.owner, "decay", "in steps", fix)) / optimizers
-                plan = Averaging(0.5 ** (batch / plan.decay.samples), plan.start, plan.every_n_steps)
+                plan = dataclasses.replace(plan, decay=0.5 ** (batch / plan.decay.samples))
             plans.append(resolve_epochs(plan, math.inf if epoch is None else epoch * optimizers))
         return plans
 
@@ -283,7 +302,6 @@ class EMA(Callback):
         """Follow the module to the device that Lightning leaves it on."""
         self.finish(trainer)  # where there was nothing to train, nobody has
         self._averages.follow()
-        self._averages.forget_module()
         self._again.forget()
 
     def _put(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -350,13 +368,25 @@ class EMA(Callback):
         """
         if not self._evaluated:
             return {}
-        if self.evaluate == "both" and metric is not None:
-            if metric.endswith("_raw"):
-                return self.raw_weights()
-            for index, name in [*enumerate(self.labels)][1:]:
-                if metric.endswith(f"_{name}"):
-                    return self._averages.values(index)
-        return self._averages.values()
+        suffix = None if metric is None else self._again.suffix_of(metric)
+        if suffix == "_raw":
+            return self.raw_weights()
+        return self._averages.values(self.labels.index(suffix[1:]) if suffix else 0)
+
+    def averaged_weights(self, name: str | None = None) -> dict[str, Tensor]:
+        """An average as it is now.
+
+        Args:
+            name: which, as `"0.999"`; None for the first.
+        Returns:
+            Averaged weights by name; nothing before the average has begun. Live tensors: copy what is to be kept.
+        Raises:
+            ValueError: no average of that name.
+        """
+        if name is not None and name not in self.labels:
+            fix = "Choose one of them"
+            raise ValueError(message(self.owner, "name", f"one of {', '.join(self.labels)}", name, fix))
+        return self._averages.values(0 if name is None else self.labels.index(name))
 
     def raw_weights(self) -> dict[str, Tensor]:
         """The raw weights, where the module holds the average at the moment.
@@ -410,14 +440,9 @@ class EMA(Callback):
         return average_checkpoint.both_state_dicts(self._averages, trainer, here, read)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_handles": [],
-            "_unwrap": None,
-            "_fitting": False,
-            "_known": {},
-            "_again": SecondPass(),
-        }
+        return state_without_module(
+            self, _handles=[], _unwrap=None, _watched=[], _known={}, _again=SecondPass(), _fitting=False
+        )
 
 
 def label(decay: float | Decay) -> str:
@@ -438,7 +463,7 @@ def label(decay: float | Decay) -> str:
 
 
 def _patterns(owner: str, name: str, given: str | Sequence[str]) -> list[str]:
-    patterns = [given] if isinstance(given, str) else list(given)
+    patterns: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(message(owner, name, "names or patterns of names", given, "Give them as in 'backbone.*'"))
     return patterns

@@ -32,7 +32,7 @@ from lightning_tricks.callbacks.run_folder import (
     write_whole,
 )
 from lightning_tricks.callbacks.shards import hold_parts, own_part
-from lightning_tricks.callbacks.steps import after_real_steps, refuse_sharded, refuse_twins
+from lightning_tricks.callbacks.steps import after_real_steps, refuse_sharded, refuse_twins, state_without_module
 from lightning_tricks.callbacks.weights import named_weights
 from lightning_tricks.functional.averaging import Averaging, can_average
 from lightning_tricks.functional.checks import message
@@ -338,4 +338,4 @@ class PostHocEMA(Callback):
         self._folder, self._run, self._rows = saved["directory"], saved["run"], saved["rows"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": []}
+        return state_without_module(self, _handles=[])

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_tricks.callbacks.clock import Clock, OnMismatch, OnNewHorizon
 from lightning_tricks.callbacks.param_groups import chosen_optimizers, read_value
-from lightning_tricks.callbacks.steps import after_real_steps, refuse_twins
+from lightning_tricks.callbacks.steps import after_real_steps, refuse_twins, state_without_module
 from lightning_tricks.functional.checks import check_count, check_flag
 from lightning_tricks.functional.schedules import Schedule, describe
 from lightning_tricks.loggers import log_scalars, log_settings
@@ -217,4 +217,4 @@ class Scheduled(Callback):
         return [group.get(f"initial_{self.name}") for group in target.optimizer.param_groups]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_targets": {}, "_handles": [], "_last": self._states()}
+        return state_without_module(self, _targets={}, _handles=[], _last=self._states())

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from functools import partial
 from typing import Any
 
@@ -13,16 +14,18 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_tricks.functional.checks import message
 
-_AT_BATCHES = ("on_validation_batch_start", "on_validation_batch_end", "on_validation_epoch_end")
+_AT_BATCHES = ("on_validation_batch_start", "on_validation_batch_end", "on_validation_epoch_end", "on_validation_end")
 
 
 class SecondPass:
     """Runs a module's `validation_step` again, with what it logs under names with a suffix.
 
-    Metric objects of the module are replaced by copies meanwhile, so that each counts one pass.
+    Metric objects of the module are replaced by copies meanwhile, so that each counts one pass. The step must leave the
+    batch as it is, and log through the module.
     """
 
     def __init__(self) -> None:
+        self._logged: dict[str, set[str]] = {}  # the names of each pass
         self._twins: dict[str, list[tuple[nn.Module, str, nn.Module]]] = {}
 
     @staticmethod
@@ -62,23 +65,46 @@ class SecondPass:
             ]
         originals = [(owner, key, owner._modules[key]) for owner, key, _ in self._twins[suffix]]
         which = [loader] if "dataloader_idx" in inspect.signature(pl_module.validation_step).parameters else []
-        pl_module.log = partial(_log, pl_module.log, suffix)  # type: ignore[method-assign]
+        mine, names = vars(pl_module).get("log"), self._logged.setdefault(suffix, set())
         try:
+            pl_module.log = partial(_log, pl_module.log, suffix, names)  # type: ignore[method-assign]
             for owner, key, twin in self._twins[suffix]:
                 owner._modules[key] = twin
             with isolate_rng():
                 trainer.strategy.validation_step(batch, index, *which)
         finally:
-            del pl_module.log
+            vars(pl_module).pop("log", None)
+            if mine is not None:
+                pl_module.log = mine  # type: ignore[method-assign]
             for owner, key, metric in originals:
                 owner._modules[key] = metric
 
+        clash = names & {name.removesuffix(suffix) for name in names}
+        if clash:
+            fix = "Log it under another name"
+            raise ValueError(message("EMA", "names", f"without {suffix!r} at the end of another's", sorted(clash), fix))
+
+    def suffix_of(self, metric: str) -> str | None:
+        """Which pass has logged a metric.
+
+        Args:
+            metric: as the Trainer calls it.
+        Returns:
+            The suffix of its names; None for the first pass.
+        """
+        name = re.sub(r"/dataloader_idx_\d+$", "", metric)
+        for suffix, names in self._logged.items():
+            if names & {name, name.removesuffix("_epoch"), name.removesuffix("_step")}:
+                return suffix
+        return None
+
     def forget(self) -> None:
         """Let go of the copied metrics."""
-        self._twins = {}
+        self._twins, self._logged = {}, {}
 
 
-def _log(log: Any, suffix: str, name: str, value: Any, *args: Any, **options: Any) -> None:
+def _log(log: Any, suffix: str, names: set[str], name: str, value: Any, *args: Any, **options: Any) -> None:
+    names.add(f"{name}{suffix}")
     if isinstance(value, Metric):  # of which Lightning would look for the attribute
         options.setdefault("metric_attribute", f"{name}{suffix}")
     log(f"{name}{suffix}", value, *args, **options)

@@ -73,6 +73,16 @@ def after_real_steps(
     return handles
 
 
+def state_without_module(callback: pl.Callback, **reset: Any) -> dict[str, Any]:
+    """What a copy of a callback takes along: not the module, to which Lightning ties `log` and `log_dict`.
+
+    Args:
+        callback: any.
+        reset: attributes that the copy has other values of.
+    """
+    return {**{key: value for key, value in vars(callback).items() if key not in ("log", "log_dict")}, **reset}
+
+
 def refuse_sharded(owner: str, trainer: pl.Trainer, dtensors: bool = False) -> None:
     """Raise if the strategy shards the parameters in a way that a callback cannot serve.
 

@@ -14,13 +14,17 @@ from lightning_tricks.functional.checks import check_number, message
 from lightning_tricks.functional.ensembling import cycle_ends
 from lightning_tricks.functional.post_hoc import PowerFunction
 from lightning_tricks.functional.schedules import Duration, Schedule, check_duration, in_steps
+from lightning_tricks.functional.schedules.durations import snap
 
 _SAMPLES = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)samples")
 _SERIAL = (1 << 15) - 1  # the most numbers that torch does not share out among the threads of a CPU
+_NUMBERS = {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 _LARGE = 1 << 17  # numbers from which on several threads are worth their start
 
 Decay: TypeAlias = Callable[[int, float], float]
-"""What maps (updates, total_steps) to the weight of the old average in the next update; `updates` is at least 1."""
+"""What maps (updates, total_steps) to the weight of the old average in the next update; `updates` is at least 1.
+
+Where not every step is averaged, it is called with the steps since the average began, and applied once for each."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,13 @@ class HalfLife:
     @property
     def samples(self) -> float | None:
         """The samples that the duration is given in; None where it is given in steps, epochs or a fraction."""
-        found = _SAMPLES.fullmatch(self.duration) if isinstance(self.duration, str) else None
-        return float(found[1]) if found else None
+        if not (isinstance(self.duration, str) and self.duration.endswith("samples")):
+            return None
+        found = _SAMPLES.fullmatch(self.duration)
+        if found is None:
+            fix = "Half a million is '500000samples' or '5e5samples'"
+            raise ValueError(message("HalfLife", "duration", "samples written as '50000samples'", self.duration, fix))
+        return float(found[1])
 
     def __call__(self, updates: int, total_steps: float) -> float:
         if self.samples is not None:
@@ -139,6 +148,7 @@ class Averaging:
             `"3ep"` = epochs, which a callback turns into steps.
         every_n_steps: in the same units, at least 1 step; `"1ep"` is once an epoch. Or a schedule that has cycles, as
             `CosineRestarts(5)`: at the end of each.
+        owner: callback named in errors.
     Returns:
         Called with (step, updates, total_steps), after a step and with the updates that are in the average, at least 1:
         the weight of the old average in the update that is due, or None where none is.
@@ -153,40 +163,54 @@ class Averaging:
     decay: "float | Decay"
     start: Duration = 0
     every_n_steps: "Duration | Schedule" = 1
+    owner: str = "EMA"
 
     def __post_init__(self) -> None:
         if isinstance(self.decay, type) or not callable(self.decay):
-            check_decay("EMA", self.decay)
-        check_duration("EMA", "start", self.start)
+            check_decay(self.owner, self.decay)
+        check_duration(self.owner, "start", self.start)
         if not callable(self.every_n_steps):
-            check_duration("EMA", "every_n_steps", self.every_n_steps, least=1)
+            check_duration(self.owner, "every_n_steps", self.every_n_steps, least=1)
         elif not isinstance(getattr(self.every_n_steps, "cycles", None), int):
             fix = "Give one such as CosineRestarts(5) or Triangular(5), or steps"
-            raise ValueError(message("EMA", "every_n_steps", "a schedule that has cycles", self.every_n_steps, fix))
+            raise ValueError(
+                message(self.owner, "every_n_steps", "a schedule that has cycles", self.every_n_steps, fix)
+            )
 
     def __call__(self, step: int, updates: int, total_steps: float) -> float | None:
-        if step <= in_steps("EMA", "start", self.start, total_steps):
+        start = in_steps(self.owner, "start", self.start, total_steps)
+        if step <= start:
             return None
-        every = self._stretch(step, total_steps)
-        if every is None:
+        if self.every_n_steps == 1:
+            return self.decay(updates, total_steps) if callable(self.decay) else self.decay
+        before = self._due_before(step, total_steps)
+        if before is None:
             return None
-        decay = self.decay(updates, total_steps) if callable(self.decay) else self.decay
-        return decay if self._counts_updates else float(decay**every)
+        if not callable(self.decay):
+            return float(self.decay ** (step - before))
+        if self._counts_updates:
+            return self.decay(updates, total_steps)
+        begun = next(due for due in range(math.floor(start) + 1, step + 1) if self._is_due(due, total_steps))
+        return float(self.decay(max(step - begun, 1), total_steps) ** (step - before))
 
     @property
     def _counts_updates(self) -> bool:
         """Whether the decay is one of averaged weights, however many steps lie between them."""
         return self.decay is mean or isinstance(self.decay, PowerFunction)
 
-    def _stretch(self, step: int, total_steps: float) -> float | None:
-        """Steps of the stretch that a step completes; None where it completes none."""
+    def _due_before(self, step: int, total_steps: float) -> int | None:
+        """The due step before a due one, which may be 0; None where a step is not due."""
+        if not self._is_due(step, total_steps):
+            return None
+        return next((due for due in range(step - 1, 0, -1) if self._is_due(due, total_steps)), 0)
+
+    def _is_due(self, step: int, total_steps: float) -> bool:
+        """Whether a step completes a stretch."""
         if callable(self.every_n_steps):
             growth: float = getattr(self.every_n_steps, "multiplier", 1.0)
-            ends = _cycle_ends(getattr(self.every_n_steps, "cycles", 1), int(total_steps), growth)
-            index = ends.index(step) if step in ends else -1
-            return None if index < 0 else step - (0, *ends)[index]
-        every = in_steps("EMA", "every_n_steps", self.every_n_steps, total_steps)
-        return None if step // every == (step - 1) // every else every
+            return step in _cycle_ends(getattr(self.every_n_steps, "cycles", 1), int(total_steps), growth)
+        every = in_steps(self.owner, "every_n_steps", self.every_n_steps, total_steps)
+        return bool(math.floor(snap(step / every)) > math.floor(snap((step - 1) / every)))
 
     @property
     def needs_length(self) -> bool:
@@ -197,8 +221,8 @@ class Averaging:
 
 
 @functools.lru_cache  # a run asks for the same ones at every step
-def _cycle_ends(cycles: int, total_steps: int, growth: float) -> tuple[int, ...]:
-    return tuple(cycle_ends(cycles, total_steps, growth))
+def _cycle_ends(cycles: int, total_steps: int, growth: float) -> frozenset[int]:
+    return frozenset(cycle_ends(cycles, total_steps, growth))
 
 
 def check_decay(owner: str, decay: Any) -> None:
@@ -272,8 +296,8 @@ def pieces(average: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[list[T
 def can_average(tensor: Tensor) -> bool:
     """Whether an average of this tensor means anything: floating or complex, dense and finite throughout.
 
-    Integers (batch counts, masks of indices) have no running mean, and an infinite entry (an attention mask's -inf)
-    would turn into NaN.
+    Integers (batch counts, masks of indices) have no running mean, eight bits are too few to move, and an infinite
+    entry (an attention mask's -inf) would turn into NaN.
 
     Args:
         tensor: any tensor.
@@ -283,5 +307,4 @@ def can_average(tensor: Tensor) -> bool:
         >>> can_average(torch.ones(2)), can_average(torch.tensor(3)), can_average(torch.tensor(-torch.inf))
         (True, False, False)
     """
-    number = tensor.is_floating_point() or tensor.is_complex()
-    return number and tensor.layout == torch.strided and bool(torch.isfinite(tensor).all())
+    return tensor.dtype in _NUMBERS and tensor.layout == torch.strided and bool(torch.isfinite(tensor).all())

@@ -1,6 +1,9 @@
 """Several averages, what of the module is averaged, where and how finely, and what validation sees."""
 
+import copy
+import logging
 import pickle
+import sys
 
 import pytest
 import torch
@@ -529,3 +532,235 @@ def test_empty_validation_and_batches_of_other_sizes_weigh_as_they_do():
     trainer, _ = fit([lt.EMA(0.0, evaluate="both")], val=DataLoader(data, batch_size=4))
     metrics = trainer.callback_metrics  # a decay of 0 averages over the last step alone
     assert metrics["val/loss"].item() == pytest.approx(metrics["val/loss_raw"].item(), abs=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- odd surroundings
+
+
+class Spectral(Net):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.utils.parametrizations.spectral_norm(self.head)
+
+
+def test_spectral_norm_of_a_finer_average():
+    _, module = fit([lt.EMA(0.9, dtype="float64")], Spectral(), max_epochs=4)
+    module.eval()
+    module(torch.zeros(2, 1, 4, 4))
+    assert torch.linalg.matrix_norm(module.head.weight.detach(), 2).item() == pytest.approx(1, abs=1e-3)
+
+
+class Named(Net):
+    """Metrics whose names end as those of the passes do."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.log("val/loss", loss, on_step=True, on_epoch=True)
+        self.log("val/psnr_raw", loss)
+
+
+@pytest.mark.parametrize(
+    ("monitor", "which"),
+    [
+        ("val/loss_epoch", "average"),
+        ("val/loss_raw_epoch", "raw"),
+        ("val/psnr_raw", "average"),
+        ("val/psnr_raw_raw", "raw"),
+        ("val/loss_0.5_epoch", "other"),
+    ],
+)
+def test_restored_weights_are_those_of_the_metrics_own_pass(monitor, which):
+    loop, seen = Loop(0.9, 0.5), {}
+
+    class Note(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            raw = {name: tensor.double() for name, tensor in loop.raw.items()}
+            seen.update({"average": loop.averages[0], "other": loop.averages[1], "raw": raw})
+
+    stop = lt.EarlyStopping(monitor=monitor, patience=100, mode="min", restore_best=True)
+    ema = lt.EMA([0.9, 0.5], evaluate="both")
+    _, module = fit([loop, Note(), ema, stop], Named(), max_epochs=1)
+    assert_close(parameters(module), {name: seen[which][name] for name in parameters(module)})
+
+
+def test_loader_index_does_not_hide_the_pass():
+    loop = Loop(0.9)
+    stop = lt.EarlyStopping(monitor="val/loss_raw_epoch/dataloader_idx_1", patience=100, restore_best=True)
+    loaders = [loader(8, seed=5), loader(8, seed=6)]
+    _, module = fit([loop, lt.EMA(0.9, evaluate="both"), stop], Named(), val=loaders, max_epochs=1)
+    assert_same(parameters(module), {name: loop.raw[name] for name in parameters(module)})
+
+
+def test_names_of_two_passes_that_meet_are_refused():
+    class Meets(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log_dict({"val/loss": 1.0, "val/loss_raw": 2.0})
+
+    with pytest.raises(ValueError, match=r"EMA: names must be without '_raw' at the end of .* got \['val/loss_raw'\]"):
+        fit([lt.EMA(evaluate="both")], Meets())
+
+
+def test_averages_can_be_looked_at_during_and_after_the_training():
+    ema, loop, seen = lt.EMA([0.5, 0.9]), Loop(0.5, 0.9), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen.append({name: ema.averaged_weights(name)["head.weight"].clone() for name in (None, "0.9")})
+
+    assert ema.averaged_weights() == {}
+    _, module = fit([ema, loop, Look()])
+    torch.testing.assert_close(seen[-1][None].double(), loop.averages[0]["head.weight"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(seen[-1]["0.9"].double(), loop.averages[1]["head.weight"], rtol=0, atol=1e-6)
+    assert_same(ema.averaged_weights()["head.weight"], module.head.weight.detach())
+    assert_same(ema.raw_weights()["head.weight"], loop.raw["head.weight"])
+    with pytest.raises(ValueError, match=r"EMA: name must be one of 0\.5, 0\.9, got '0.7'"):
+        ema.averaged_weights("0.7")
+
+
+def test_averages_are_found_again_by_name(tmp_path):
+    loop = Loop(0.5, 0.9)
+    fit([lt.EMA([0.5, 0.9]), every_epoch(tmp_path)], max_epochs=4)
+    _, module = fit(
+        [lt.EMA([0.9, 0.5]), loop, every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=1.ckpt", max_epochs=4
+    )
+    _, whole = fit([lt.EMA([0.9, 0.5])], max_epochs=4)
+    assert_same(snapshot(module), snapshot(whole))
+
+
+def test_average_that_goes_on_under_another_decay_says_so(tmp_path, caplog):
+    fit([lt.EMA(0.5), every_epoch(tmp_path)], max_epochs=1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    with caplog.at_level(logging.INFO):
+        fit([lt.EMA(0.9), every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert "EMA: the checkpoint's averages ['0.5'] go on as ['0.9']." in caplog.text
+
+
+def test_what_is_excluded_now_is_not_averaged_after_a_resume(tmp_path):
+    loop = Loop(0.9)
+    fit([lt.EMA(0.9), every_epoch(tmp_path)], max_epochs=1)
+    callbacks = [lt.EMA(0.9, exclude="head.*"), loop, every_epoch(tmp_path / "rest")]
+    _, module = fit(callbacks, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert_same(module.head.weight.detach(), loop.raw["head.weight"])
+    assert not torch.equal(module.body[1].weight.detach(), loop.raw["body.1.weight"])
+
+
+def test_buffer_that_validation_takes_away_stays_away():
+    class Forgets(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("cache", torch.ones(1))
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.cache = None
+
+    loop = Loop(0.9)
+    for dtype in (None, "float64"):
+        _, module = fit([lt.EMA(0.9, dtype=dtype), loop], Forgets(), num_sanity_val_steps=0)
+        assert module.cache is None
+        loop.averages = [{}]
+    _, module = fit([lt.EMA(0.9), loop], Forgets(), num_sanity_val_steps=0)
+    assert_close(parameters(module), loop.averages[0])
+
+
+def test_optimizers_that_replace_others_are_followed():
+    class Anew(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    ema, loop = lt.EMA(0.9), Loop(0.9)
+    _, module = fit([ema, loop], Anew(), max_epochs=3)
+    assert ema.updates == 18
+    assert_close(parameters(module), loop.averages[0])
+
+
+@pytest.mark.parametrize("options", [{"include": []}, {"exclude": "*"}, {"include": "*num_batches_tracked"}])
+def test_settings_that_leave_nothing_to_average_are_refused(options):
+    with pytest.raises(ValueError, match="EMA: include must be patterns of floating weights, got"):
+        fit([lt.EMA(**options)])
+
+
+def interrupted(call, limit):
+    """Call a function, with Ctrl-C at the so-manieth line of averages.py; whether it came to that."""
+    lines = 0
+
+    def trace(frame, event, arg):
+        nonlocal lines
+        if not frame.f_code.co_filename.endswith("averages.py"):
+            return None
+        lines += event == "line"
+        if lines > limit:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"])
+@pytest.mark.parametrize("step", ["show", "hide"])
+def test_interrupt_at_any_line_is_undone_by_hide(step, dtype):
+    average = lt.PolyakAverage(0, update_bn=True, dtype=dtype)  # guards a counter
+    _, module = fit([average], Spectral(), max_epochs=1)
+    averages = average._averages
+    shown = snapshot(module)
+    averages.hide()
+    raw, kept = snapshot(module), {name: tensor.clone() for name, tensor in averages.tensors[0].items()}
+    for limit in range(1000):
+        if step == "hide":
+            averages.show()
+        came = interrupted(getattr(averages, step), limit)
+        averages.hide()
+        assert_same(snapshot(module), raw)
+        assert_same(averages.tensors[0], kept)
+        averages.show()
+        assert_same(snapshot(module), shown)
+        averages.hide()
+        if not came:
+            break
+    assert 20 < limit < 999
+
+
+def test_migration_of_values_reaches_average_and_raw_weights(tmp_path):
+    class Doubles(Net):
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["state_dict"]["head.weight"] = 2 * checkpoint["state_dict"]["head.weight"]
+
+    fit([lt.EMA(0.9), every_epoch(tmp_path)], max_epochs=1)
+    saved = torch.load(tmp_path / "epoch=0.ckpt", weights_only=True)
+    ema, start = lt.EMA(0.9), {}
+
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module):
+            start["raw"], start["average"] = snapshot(pl_module), ema.averaged_weights()["head.weight"].clone()
+
+    fit([ema, Start(), every_epoch(tmp_path / "rest")], Doubles(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert_same(start["raw"]["head.weight"], 2 * saved["current_model_state"]["head.weight"])
+    assert_same(start["raw"]["head.bias"], saved["current_model_state"]["head.bias"])
+    assert_same(start["average"], 2 * saved["state_dict"]["head.weight"])
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: lt.EMA(0.9), lambda: lt.PostHocEMA(every_n_steps=5), lambda: lt.LRSchedule(lt.Cosine())]
+)
+def test_copy_of_a_callback_has_no_module(make):
+    class NoCopies(Net):
+        def __deepcopy__(self, memo):
+            raise AssertionError("the module was copied")
+
+        def __reduce_ex__(self, protocol):
+            raise AssertionError("the module was pickled")
+
+    callback = make()
+    fit([callback], NoCopies())
+    assert copy.deepcopy(callback).settings == callback.settings
+    assert pickle.loads(pickle.dumps(callback)).settings == callback.settings

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from kit import ByHand, MemoryLogger, Net, ResumableLoader, assert_same, every_epoch, fit, loader, snapshot
+from kit import (
+    ByHand,
+    MemoryLogger,
+    Net,
+    ResumableLoader,
+    assert_same,
+    every_epoch,
+    fit,
+    loader,
+    make_trainer,
+    snapshot,
+)
 from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, IterableDataset
@@ -184,7 +195,7 @@ def test_exponential_average_at_the_end_of_each_cycle_decays_once_a_step():
 
 
 def test_schedule_without_cycles_is_refused():
-    with pytest.raises(ValueError, match="EMA: every_n_steps must be a schedule that has cycles, got Cosine"):
+    with pytest.raises(ValueError, match="PolyakAverage: every_n_steps must be a schedule that has cycles, got Cosine"):
         lt.PolyakAverage(0.5, every_n_steps=lt.Cosine())
 
 
@@ -309,3 +320,18 @@ def test_ranks_share_the_statistics_of_all_data(tmp_path):
     module.load_state_dict(first)
     population.note(module)
     population.assert_same()
+
+
+@pytest.mark.parametrize("evaluate", ["average", "both"])
+def test_statistics_of_a_finer_mean_stay_with_it(evaluate, tmp_path):
+    population = Population()
+    save = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1, filename="{epoch}")
+    average = lt.PolyakAverage("1ep", update_bn=True, dtype="float64", evaluate=evaluate)
+    trainer, module = fit([average, population, save], val=loader(24, seed=5), max_epochs=3)
+    population.note(module)
+    population.assert_same(first=2)
+    model = lt.load_average(tmp_path / "epoch=2.ckpt", Net())
+    assert_same(snapshot(model), snapshot(module))
+    logged = trainer.callback_metrics["val/loss"]
+    (again,) = make_trainer([]).validate(model, loader(24, seed=5), verbose=False)
+    assert again["val/loss"] == pytest.approx(logged.item(), abs=1e-6)

@@ -262,7 +262,7 @@ def test_length_of_the_run_is_asked_for_only_where_a_fraction_is():
         (lambda: HalfLife(1.5), ValueError, r"HalfLife: duration must be in \(0, 1\)"),
         (lambda: HalfLife(None), TypeError, "HalfLife: duration must be a number"),
         (lambda: HalfLife("0samples"), ValueError, "HalfLife: duration must be above 0 samples, got '0samples'"),
-        (lambda: HalfLife("many samples"), ValueError, "HalfLife: duration must be epochs written as '3ep'"),
+        (lambda: HalfLife("many samples"), ValueError, "HalfLife: duration must be samples written as '50000samples'"),
         (lambda: HalfLife("50samples")(1, 9), ValueError, "HalfLife: duration must be in steps outside a run"),
         (
             lambda: Averaging(0.9, every_n_steps=Cosine()),
@@ -282,3 +282,37 @@ def test_length_of_the_run_is_asked_for_only_where_a_fraction_is():
 def test_wrong_values_of_a_plan(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_growing_decay_looks_back_as_far_when_updates_are_seldom(every):
+    """Mean age of what is averaged, in steps, after 3,000 of them."""
+    plan, age, updates = Averaging(Warmed(0.9999), every_n_steps=every), 0.0, 0
+    for step in range(1, 3001):
+        decay = plan(step, max(updates, 1), 3000)
+        age += 1
+        if decay is not None:
+            age, updates = (decay * age if updates else 0.0), updates + 1
+    assert age == pytest.approx(197, rel=0.05)
+
+
+def test_function_of_a_user_sees_the_steps_since_the_average_began():
+    seen = []
+    plan = Averaging(lambda updates, total: seen.append(updates) or 0.5, start=4, every_n_steps=3)
+    assert [plan(step, 1, 20) for step in (5, 6, 9, 12)] == [None, 0.5**3, 0.5**3, 0.5**3]
+    assert seen == [1, 3, 6]
+
+
+@given(st.integers(1, 400), st.sampled_from([0.1, 0.2, 0.25, 0.05, 1 / 3, 0.7]))
+def test_stretches_that_are_a_fraction_of_the_run_end_with_it(total, every):
+    plan = Averaging(0.5, every_n_steps=every)
+    due = {step: decay for step in range(1, total + 1) if (decay := plan(step, 1, total)) is not None}
+    if (1 / every).is_integer():
+        assert total in due
+    assert len(due) == min(total, math.floor(1 / every + 1e-9))
+    stretches = [step - before for before, step in zip([0, *due], due, strict=False)]
+    assert list(due.values()) == [0.5**stretch for stretch in stretches]
+
+
+def test_eight_bits_are_not_averaged():
+    assert not can_average(torch.ones(2).to(torch.float8_e4m3fn))

@@ -179,7 +179,7 @@ def resolve_epochs(schedule: Any, steps_per_epoch: float) -> Any:
     """
     if not dataclasses.is_dataclass(schedule) or isinstance(schedule, type):
         return schedule
-    owner, changes = type(schedule).__name__, {}
+    owner, changes = getattr(schedule, "owner", type(schedule).__name__), {}
     for field in dataclasses.fields(schedule):
         value = getattr(schedule, field.name)
         if isinstance(value, tuple):
