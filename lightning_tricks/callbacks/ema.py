@@ -135,7 +135,7 @@ class EMA(Callback):
         self._updates = 0
         self._left: list[int] | None = None  # fingerprint of what the last fit left in the module
         self._again = SecondPass()
-        self._watched: list[int] = []  # optimizers
+        self._watched: list[Optimizer] = []
         self._known: dict[int, tuple[int, set[int]]] = {}  # parameters of each optimizer
         self._fitting = False
         self._evaluated = False
@@ -216,13 +216,13 @@ class EMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Follow the module if it got other optimizers."""
-        if self._watched != [*map(id, trainer.optimizers)]:
+        if trainer.strategy.optimizers is not self._watched:
             self._watch(trainer, pl_module)
 
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for handle in self._handles:
             handle.remove()
-        self._watched = [*map(id, trainer.optimizers)]
+        self._watched = trainer.strategy.optimizers
         self._known = {id(optimizer): _parameters(optimizer) for optimizer in trainer.optimizers}
         self._handles = after_real_steps(self.owner, trainer.optimizers, partial(self._update, pl_module))
 

@@ -32,9 +32,10 @@ def is_real_step(optimizer: Optimizer) -> bool:
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and found_inf.item() > 0:
         return False
-    if not any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+    groups = optimizer.param_groups
+    if not any(p.grad is not None for group in groups for p in group["params"]):
         return False
-    if any(not _is_zero(group.get("lr")) for group in optimizer.param_groups):
+    if any(not _is_zero(group.get("lr")) for group in groups):
         return True
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return bool(tensor_norms(gradients).any())
