@@ -169,7 +169,8 @@ class Averages:
         Raises:
             ValueError: a parameter that is averaged has another shape now.
         """
-        self._reshard()
+        if self._sharded:
+            self._reshard()
         if self._updater is None or not self._updater.fits([holder[key] for holder, key in self._places]):
             self._settle()
             self._drop_what_changed_shape()

@@ -335,16 +335,20 @@ class EMA(Callback):
 
     def _update(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         self._steps += 1
-        decays = [plan(self._steps, max(self._updates, 1), self._total_steps) for plan in self._plans]
-        if sum(len(group["params"]) for group in optimizer.param_groups) != self._known[id(optimizer)][0]:
+        decays = [plan(self._steps, self._updates or 1, self._total_steps) for plan in self._plans]
+        due = [decay for decay in decays if decay is not None]
+        count = 0
+        for group in optimizer.param_groups:
+            count += len(group["params"])
+        if count != self._known[id(optimizer)][0]:
             self._look_at_new_parameters(pl_module, optimizer)
-        if decays[0] is None:
+        if not due:
             return
-        if self._averages.begun:
-            self._averages.update([decay for decay in decays if decay is not None])
+        if self._updates:
+            self._averages.update(due)
         else:
             self._averages.find(pl_module)
-            self._averages.begin(len(decays))
+            self._averages.begin(len(due))
         self._updates += 1
 
     def _look_at_new_parameters(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:

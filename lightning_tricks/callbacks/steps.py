@@ -32,13 +32,21 @@ def is_real_step(optimizer: Optimizer) -> bool:
     found_inf = getattr(optimizer, "found_inf", None)
     if found_inf is not None and found_inf.item() > 0:
         return False
-    groups = optimizer.param_groups
-    if not any(p.grad is not None for group in groups for p in group["params"]):
+    if not _has_gradients(optimizer):
         return False
-    if any(not _is_zero(group.get("lr")) for group in groups):
-        return True
+    for group in optimizer.param_groups:
+        if not _is_zero(group.get("lr")):
+            return True
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return bool(tensor_norms(gradients).any())
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                return True
+    return False
 
 
 def _is_zero(rate: Any) -> bool:

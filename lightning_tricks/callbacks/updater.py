@@ -66,12 +66,11 @@ class Updater:
         Args:
             decays: for each the weight of the old average, in [0, 1).
         """
-        if self._due:
-            self.settle()
-        self._due = decays
         if not self._fetched:
-            self.settle()
+            self._move(decays)
             return
+        self.settle()
+        self._due = decays
         for host, weight in self._fetched:
             host.copy_(weight, non_blocking=True)
         if any(weight.is_cuda for _, weight in self._fetched):
@@ -83,9 +82,13 @@ class Updater:
         if self._arrived is not None:
             self._arrived.synchronize()
             self._arrived = None
-        for ((average, weights), unlike), decay in zip(self._lists, self._due, strict=False):
+        if self._due:
+            self._move(self._due)
+            self._due = ()
+
+    def _move(self, decays: Sequence[float]) -> None:
+        for ((average, weights), unlike), decay in zip(self._lists, decays, strict=True):
             if average:
                 torch._foreach_lerp_(average, weights, 1 - decay)
             for one, weight in unlike:  # one converted at a time
                 one.lerp_(weight.to(one.dtype), 1 - decay)
-        self._due = ()

@@ -178,20 +178,25 @@ class Averaging:
             )
 
     def __call__(self, step: int, updates: int, total_steps: float) -> float | None:
-        start = in_steps(self.owner, "start", self.start, total_steps)
+        start = in_steps(self.owner, "start", self.start, total_steps) if self.start else 0
         if step <= start:
             return None
         if self.every_n_steps == 1:
-            return self.decay(updates, total_steps) if callable(self.decay) else self.decay
+            return self._decay(updates, total_steps)
         before = self._due_before(step, total_steps)
         if before is None:
             return None
-        if not callable(self.decay):
-            return float(self.decay ** (step - before))
         if self._counts_updates:
-            return self.decay(updates, total_steps)
+            return self._decay(updates, total_steps)
         begun = next(due for due in range(math.floor(start) + 1, step + 1) if self._is_due(due, total_steps))
-        return float(self.decay(max(step - begun, 1), total_steps) ** (step - before))
+        return float(self._decay(max(step - begun, 1), total_steps) ** (step - before))
+
+    def _decay(self, updates: int, total_steps: float) -> float:
+        if not callable(self.decay):
+            return self.decay
+        decay = self.decay(updates, total_steps)
+        check_decay(self.owner, decay)
+        return decay
 
     @property
     def _counts_updates(self) -> bool:

@@ -316,3 +316,10 @@ def test_stretches_that_are_a_fraction_of_the_run_end_with_it(total, every):
 
 def test_eight_bits_are_not_averaged():
     assert not can_average(torch.ones(2).to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize(("value", "error"), [(1.0, ValueError), (-0.1, ValueError), (None, TypeError)])
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_a_function_of_a_user_gives_is_checked(value, error, every):
+    with pytest.raises(error, match=r"EMA: decay must be .*in \[0, 1\), got"):
+        Averaging(lambda updates, total: value, every_n_steps=every)(3, 2, 10)
