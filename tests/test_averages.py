@@ -122,3 +122,53 @@ def test_checkpoint_of_sharded_parameters(evaluate, distributed, tmp_path):
     assert_holds(load_average(path, Net()), follow.averages[0])
     for name, value in ended.items():
         torch.testing.assert_close(value.double(), end[name], rtol=0, atol=1e-6)
+
+
+def test_compiled_and_plain_modules_read_each_others_checkpoints(tmp_path):
+    def compiled():
+        module = Net()
+        module.body = torch.compile(module.body, backend="eager")
+        return module
+
+    follow = Follow(0.9)
+    fit([lt.EMA([0.9, 0.5]), follow, every_epoch(tmp_path)], compiled())
+    for name in ("0.9", "0.5", "raw"):
+        plain = load_average(tmp_path / "epoch=1.ckpt", Net(), name)
+        again = load_average(tmp_path / "epoch=1.ckpt", compiled(), name)
+        assert_same([p.detach() for p in plain.parameters()], [p.detach() for p in again.parameters()])
+    fit([lt.EMA(0.9), every_epoch(tmp_path / "plain")])
+    whole = load_average(tmp_path / "plain" / "epoch=1.ckpt", compiled())
+    plain = load_average(tmp_path / "plain" / "epoch=1.ckpt", Net())
+    assert_same([p.detach() for p in whole.parameters()], [p.detach() for p in plain.parameters()])
+
+
+def test_module_that_is_not_strict_about_its_keys(tmp_path):
+    class Partial(Net):
+        strict_loading = False
+
+        def state_dict(self, *args, **kwargs):
+            return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "frozen" not in key}
+
+    _, module = fit([lt.EMA(0.9), every_epoch(tmp_path)], Partial())
+    assert_same(snapshot(load_average(tmp_path / "epoch=1.ckpt", Partial())), snapshot(module))
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    text = "load_average: checkpoint must be "
+    with pytest.raises(ValueError, match=text + r"one with a state_dict, got \['weight'\]"):
+        load_average({"weight": torch.zeros(1)}, Net())
+    with pytest.raises(ValueError, match=text + "a folder with meta.pt"):
+        load_average(tmp_path, Net())
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match=text + "what a Trainer saved, got 'list'"):
+        load_average(tmp_path / "list.pt", Net())
+    torch.save({"state_dict": {}, "hyper_parameters": Follow(0.9)}, tmp_path / "object.pt")
+    with pytest.raises(ValueError, match=text + "one that torch.load reads with weights_only=True.* Load it with"):
+        load_average(tmp_path / "object.pt", Net())
+
+
+def test_weights_alone_saved_after_fit_need_no_name(tmp_path):
+    trainer, _ = fit([lt.EMA(0.9)])
+    trainer.save_checkpoint(tmp_path / "after.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match="One of weights alone that was saved after fit has the average as its state_"):
+        load_average(tmp_path / "after.ckpt", Net())

@@ -764,3 +764,17 @@ def test_copy_of_a_callback_has_no_module(make):
     fit([callback], NoCopies())
     assert copy.deepcopy(callback).settings == callback.settings
     assert pickle.loads(pickle.dumps(callback)).settings == callback.settings
+
+
+def test_average_of_wide_weights_stays_wide_after_a_resume(tmp_path):
+    kinds = []
+
+    class Kinds(Callback):
+        def on_train_end(self, trainer, pl_module):
+            kinds.append({tensor.dtype for tensor in ema.averaged_weights().values()})
+
+    ema = lt.EMA(0.9)
+    fit([ema, Kinds(), every_epoch(tmp_path)], precision="64-true", max_epochs=1)
+    ema = lt.EMA(0.9)
+    fit([ema, Kinds(), every_epoch(tmp_path / "b")], precision="64-true", ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert kinds == [{torch.float64}, {torch.float64}]
