@@ -1,6 +1,7 @@
 """Where averages are in a checkpoint: laid out as Lightning's own averaging does, with what that has no place for."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -128,12 +129,13 @@ def load(
         raise ValueError(message(averages.owner, "decay", f"as in the checkpoint: {', '.join(saved)}", labels, fix))
     averages.find(module)
     averages.begin(len(labels), checkpoint.get("unaveraged_weights"))
-    if set(saved) != set(labels):  # another decay: the averages go on, each in its place
-        rank_zero_info(f"{averages.owner}: the checkpoint's averages {saved} go on as {labels}.")
-        labels = saved
+    others = iter([label for label in saved if label not in labels])
+    sources = [label if label in saved else next(others) for label in labels]
+    if sources != labels:  # another decay: the average goes on under it
+        rank_zero_info(f"{averages.owner}: the checkpoint's averages {sources} go on as {labels}.")
     if BESIDE in checkpoint:
         checkpoint = {**checkpoint, **_read_beside(averages, trainer, module, checkpoint[BESIDE])}
-    for index, label in enumerate(labels):
+    for index, label in enumerate(sources):
         if label in checkpoint.get(EXTRA, {}):
             averages.fill(index, checkpoint[EXTRA][label])
     if RAW in checkpoint:
@@ -148,10 +150,58 @@ def _load_raw(trainer: pl.Trainer, module: pl.LightningModule, checkpoint: Mappi
         options = StateDictOptions(full_state_dict=whole, strict=module.strict_loading)
         set_model_state_dict(module, dict(raw["state_dict"]), options=options)
         return
-    if is_overridden("on_load_checkpoint", module):  # what it did to the average, it must do to these
-        raw["state_dict"] = dict(raw["state_dict"])
-        module.on_load_checkpoint(raw)
     trainer.strategy.load_model_state_dict(raw, strict=module.strict_loading)
+
+
+def migrate_both(module: pl.LightningModule) -> Callable[[], None]:
+    """Let the module's `on_load_checkpoint` do to the raw weights what it does to the average.
+
+    It is called again only where it changed the state dict, with a checkpoint as it was before.
+
+    Args:
+        module: before it is restored.
+    Returns:
+        What ends it.
+    """
+    if not is_overridden("on_load_checkpoint", module):
+        return lambda: None
+    return replace_hook(module, "on_load_checkpoint", partial(_migrate, module.on_load_checkpoint))
+
+
+def _migrate(original: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
+    before = dict(checkpoint)
+    state = dict(checkpoint.get("state_dict", {}))
+    versions = {name: value._version for name, value in state.items() if isinstance(value, Tensor)}
+    original(checkpoint)
+    after = checkpoint.get("state_dict", {})
+    same = after.keys() == state.keys() and all(after[name] is state[name] for name in state)
+    if RAW in before and not (same and all(after[name]._version == version for name, version in versions.items())):
+        raw = before[RAW]
+        again = {**{key: value for key, value in before.items() if key != RAW}, "state_dict": dict(raw)}
+        original(again)
+        checkpoint[RAW] = again["state_dict"]
+
+
+def replace_hook(module: pl.LightningModule, name: str, hook: Callable[..., Any]) -> Callable[[], None]:
+    """Put a hook over a module's own, as an attribute of this one object.
+
+    Args:
+        module: whose.
+        name: of the hook.
+        hook: what is called instead.
+    Returns:
+        What puts the old one back.
+    """
+    mine = vars(module).get(name)
+    setattr(module, name, hook)
+
+    def undo() -> None:
+        if mine is not None:
+            setattr(module, name, mine)
+        else:
+            vars(module).pop(name, None)
+
+    return undo
 
 
 def _read_beside(

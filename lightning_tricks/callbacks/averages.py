@@ -78,8 +78,13 @@ class Averages:
     @property
     def copies(self) -> bool:
         """Whether what is shown is copied into the module's own storage, not exchanged with it."""
-        sharded = any(isinstance(holder[key], DTensor) for holder, key in self._slots.values())
+        sharded = any(isinstance(holder.get(key), DTensor) for holder, key in self._slots.values())
         return sharded or self.device is not None or self.dtype is not None
+
+    @property
+    def fit_module(self) -> bool:
+        """Whether the module that was found has all the averaged tensors."""
+        return set(self.names) <= self._slots.keys()
 
     # ------------------------------------------------------------------ the module
 
@@ -102,7 +107,7 @@ class Averages:
                     fix = f"The module has {', '.join(list(map(plain_name, self._slots))[:5])}, ..."
                     condition = "patterns of the names of the module's weights, as 'backbone.*'"
                     raise ValueError(message(self.owner, argument, condition, pattern, fix))
-        if self._slots and not any(self._wanted(name, holder[key]) for name, (holder, key) in self._slots.items()):
+        if self._slots and not any(self._wanted(name, holder.get(key)) for name, (holder, key) in self._slots.items()):
             fix = "Let them leave something to average"
             given = {"include": self.include, "exclude": self.exclude}
             raise ValueError(message(self.owner, "include", "patterns of floating weights", given, fix))
@@ -145,7 +150,7 @@ class Averages:
             count: at least 1.
             unaveraged: names of the tensors that are left out; None for those that cannot be averaged or shall not.
         """
-        live = {name: tensor for name, (holder, key) in self._slots.items() if (tensor := holder[key]) is not None}
+        live = {name: tensor for name, (holder, key) in self._slots.items() if (tensor := holder.get(key)) is not None}
         if unaveraged is None:
             names = self._choose(live)
         else:
@@ -171,7 +176,7 @@ class Averages:
         """
         if self._sharded:
             self._reshard()
-        if self._updater is None or not self._updater.fits([holder[key] for holder, key in self._places]):
+        if self._updater is None or not self._updater.fits([holder.get(key) for holder, key in self._places]):
             self._settle()
             self._drop_what_changed_shape()
             averages = [[tensor for tensor in average.values() if tensor is not None] for average in self.tensors]
@@ -292,6 +297,8 @@ class Averages:
         if not self.tensors:
             return {}
         self._settle()
+        if not self._slots:  # a copy, which has no module
+            return {name: value for name, value in self.tensors[index].items() if value is not None}
         shown = self.raw is not None and index == self.shown
         average = self.tensors[index] if shown else self._complete(self.tensors[index])
         live = {name: tensor for name, tensor in self._live(average).items() if tensor is not None}
@@ -301,6 +308,8 @@ class Averages:
     def own_values(self) -> dict[str, Tensor]:
         """The module's own, of the tensors in whose place it shows an average: live, sharded where the module's are."""
         raw = self.raw or {}
+        if not self._slots:
+            return dict(raw)
         return {name: as_part_of(raw[name], tensor) for name, tensor in self._live(raw).items() if tensor is not None}
 
     def _complete(self, average: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -361,9 +370,9 @@ class Averages:
             values: by name; a whole tensor also where the module's is sharded.
         """
         for name, live in self._live(self.names).items():
-            value, mine = values[name], self.tensors[index][name]
-            assert mine is not None
-            mine.copy_(own_part(split_as(value, live)))
+            mine = self.tensors[index][name]
+            if mine is not None and name in values:  # else the module has grown since
+                mine.copy_(own_part(split_as(values[name], live)))
 
     def agree_on_buffers(self, trainer: pl.Trainer) -> None:
         """Let all ranks average the buffers as rank 0 has them; batch statistics are each rank's own.

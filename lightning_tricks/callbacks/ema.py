@@ -133,6 +133,7 @@ class EMA(Callback):
         self._total_steps = math.inf
         self._steps = 0  # real steps, whether or not they are in the average
         self._updates = 0
+        self._since = 0  # real steps since the average began
         self._left: list[int] | None = None  # fingerprint of what the last fit left in the module
         self._again = SecondPass()
         self._watched: list[Optimizer] = []
@@ -141,6 +142,7 @@ class EMA(Callback):
         self._evaluated = False
         self._handles: list[RemovableHandle] = []
         self._unwrap: Callable[[], None] | None = None
+        self._end_migration: Callable[[], None] = _nothing
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -181,11 +183,15 @@ class EMA(Callback):
         refuse_sharded(self.owner, trainer, dtensors=True)
         if self.evaluate == "both" and stage == "fit":
             SecondPass.check(self.owner, pl_module)
+        self._end_migration()
+        if stage == "fit":
+            self._end_migration = average_checkpoint.migrate_both(pl_module)
 
     # ------------------------------------------------------------------ when
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up the average of a checkpoint or of the fit before, if the module still is what that left."""
+        self._end_migration()
         for name, parameter in pl_module.named_parameters():
             half = parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16)
             if half and self.dtype is None:
@@ -198,7 +204,9 @@ class EMA(Callback):
         self._fitting = True
         self._averages.follow()
         self._averages.hide()
-        self._unwrap = _wrap_on_save_checkpoint(self, pl_module)
+        # Lightning calls no callback for a weights-only checkpoint, but the module.
+        hook = partial(_save_average, pl_module.on_save_checkpoint, self, pl_module)
+        self._unwrap = average_checkpoint.replace_hook(pl_module, "on_save_checkpoint", hook)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Update after every real optimizer step from here on."""
@@ -294,6 +302,7 @@ class EMA(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave the raw weights in the module."""
+        self._end_migration()
         if self._fitting:
             self._averages.hide()
             self._detach()
@@ -325,7 +334,7 @@ class EMA(Callback):
 
     def _forget(self) -> None:
         self._averages.end()
-        self._updates = 0
+        self._updates, self._since = 0, 0
 
     def _changed(self) -> bool:
         """Whether the module's weights are others than the last fit left in it."""
@@ -335,7 +344,8 @@ class EMA(Callback):
 
     def _update(self, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
         self._steps += 1
-        decays = [plan(self._steps, self._updates or 1, self._total_steps) for plan in self._plans]
+        self._since += self._updates > 0
+        decays = [plan(self._steps, self._updates or 1, self._total_steps, self._since) for plan in self._plans]
         due = [decay for decay in decays if decay is not None]
         count = 0
         for group in optimizer.param_groups:
@@ -406,7 +416,7 @@ class EMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the average in `state_dict` and the raw weights beside it, whichever of them the module holds now."""
-        checkpoint["averaging_steps"] = self._steps
+        checkpoint["averaging_steps"], checkpoint["averaging_since"] = self._steps, self._since
         averages = self._averages
         if not averages.begun:
             return
@@ -426,6 +436,7 @@ class EMA(Callback):
         self._left = None
         self._steps = checkpoint.get("averaging_steps", checkpoint["global_step"])
         self._updates = average_checkpoint.load(self._averages, self.labels, trainer, pl_module, checkpoint)
+        self._since = checkpoint.get("averaging_since", max(self._updates - 1, 0))
         if not self._averages.begun:
             rank_zero_info(f"{self.owner}: the checkpoint holds no average; it starts after the next step that is due.")
 
@@ -444,9 +455,12 @@ class EMA(Callback):
         return average_checkpoint.both_state_dicts(self._averages, trainer, here, read)
 
     def __getstate__(self) -> dict[str, Any]:
-        return state_without_module(
-            self, _handles=[], _unwrap=None, _watched=[], _known={}, _again=SecondPass(), _fitting=False
-        )
+        idle: dict[str, Any] = {"_handles": [], "_watched": [], "_known": {}, "_unwrap": None, "_fitting": False}
+        return state_without_module(self, **idle, _again=SecondPass(), _end_migration=_nothing)
+
+
+def _nothing() -> None:
+    pass
 
 
 def label(decay: float | Decay) -> str:
@@ -476,21 +490,6 @@ def _patterns(owner: str, name: str, given: str | Sequence[str]) -> list[str]:
 def _parameters(optimizer: Optimizer) -> tuple[int, set[int]]:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return len(parameters), set(map(id, parameters))
-
-
-def _wrap_on_save_checkpoint(ema: EMA, pl_module: pl.LightningModule) -> Callable[[], None]:
-    """Let weights-only checkpoints hold the average too: Lightning calls no callback for them, but the module."""
-    mine = vars(pl_module).get("on_save_checkpoint")
-    wrapper = partial(_save_average, pl_module.on_save_checkpoint, ema, pl_module)
-    pl_module.on_save_checkpoint = wrapper  # type: ignore[method-assign]
-
-    def unwrap() -> None:
-        if mine is not None:
-            pl_module.on_save_checkpoint = mine  # type: ignore[method-assign]
-        else:
-            del pl_module.on_save_checkpoint
-
-    return unwrap
 
 
 def _save_average(

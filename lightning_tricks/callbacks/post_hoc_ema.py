@@ -121,6 +121,7 @@ class PostHocEMA(Callback):
         self._decays = [PowerFunction(width) for width in sigma_rels]
         self._total_steps = math.inf
         self._averages = Averages(self.owner, dtype=torch.float32)  # in half precision an average stands still
+        self._watched: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
         self._forget()
 
@@ -200,6 +201,19 @@ class PostHocEMA(Callback):
         default = Path(trainer.log_dir or trainer.default_root_dir) / "post_hoc_ema"
         self._folder, self._run, self._rows = on_rank_zero(trainer, lambda: self._claim(default))
         rank_zero_info(f"{self.owner}: snapshots go to {self._folder} (every_n_steps={self.every_n_steps!r}).")
+        self._watch(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Follow the module if it got other optimizers."""
+        if self._handles and trainer.strategy.optimizers is not self._watched:
+            self._watch(trainer)
+
+    def _watch(self, trainer: pl.Trainer) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._watched = trainer.strategy.optimizers
         self._handles = after_real_steps(self.owner, trainer.optimizers, partial(self._advance, trainer))
 
     def _averaging(self, trainer: pl.Trainer) -> bool:
@@ -311,7 +325,7 @@ class PostHocEMA(Callback):
         """Save the averages, and which snapshots there are, in the checkpoint's own key."""
         if not self._handles:  # before or after the training
             self._averages.find(pl_module)
-        if self._run is not None:
+        if self._run is not None and self._averages.fit_module:
             checkpoint[KEY] = {
                 "sigma_rels": list(self.sigma_rels),
                 "steps": self._steps,
@@ -338,4 +352,4 @@ class PostHocEMA(Callback):
         self._folder, self._run, self._rows = saved["directory"], saved["run"], saved["rows"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return state_without_module(self, _handles=[])
+        return state_without_module(self, _handles=[], _watched=[])

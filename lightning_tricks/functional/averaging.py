@@ -151,7 +151,8 @@ class Averaging:
         owner: callback named in errors.
     Returns:
         Called with (step, updates, total_steps), after a step and with the updates that are in the average, at least 1:
-        the weight of the old average in the update that is due, or None where none is.
+        the weight of the old average in the update that is due, or None where none is. A further argument says how many
+        steps ago the average began, where that is not in this run.
     Raises:
         TypeError, ValueError: a value out of range.
     Example:
@@ -177,7 +178,7 @@ class Averaging:
                 message(self.owner, "every_n_steps", "a schedule that has cycles", self.every_n_steps, fix)
             )
 
-    def __call__(self, step: int, updates: int, total_steps: float) -> float | None:
+    def __call__(self, step: int, updates: int, total_steps: float, since: int | None = None) -> float | None:
         start = in_steps(self.owner, "start", self.start, total_steps) if self.start else 0
         if step <= start:
             return None
@@ -188,15 +189,17 @@ class Averaging:
             return None
         if self._counts_updates:
             return self._decay(updates, total_steps)
-        begun = next(due for due in range(math.floor(start) + 1, step + 1) if self._is_due(due, total_steps))
-        return float(self._decay(max(step - begun, 1), total_steps) ** (step - before))
+        if since is None:
+            since = step - next(due for due in range(math.floor(start) + 1, step + 1) if self._is_due(due, total_steps))
+        return float(self._decay(max(since, 1), total_steps) ** (step - before))
 
     def _decay(self, updates: int, total_steps: float) -> float:
         if not callable(self.decay):
             return self.decay
-        decay = self.decay(updates, total_steps)
+        given: Any = self.decay(updates, total_steps)
+        decay = given.item() if hasattr(given, "item") else given  # a number of torch or numpy
         check_decay(self.owner, decay)
-        return decay
+        return float(decay)
 
     @property
     def _counts_updates(self) -> bool:

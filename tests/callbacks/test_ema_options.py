@@ -778,3 +778,134 @@ def test_average_of_wide_weights_stays_wide_after_a_resume(tmp_path):
     ema = lt.EMA(0.9)
     fit([ema, Kinds(), every_epoch(tmp_path / "b")], precision="64-true", ckpt_path=tmp_path / "epoch=0.ckpt")
     assert kinds == [{torch.float64}, {torch.float64}]
+
+
+def test_hook_that_leaves_the_state_dict_alone_is_called_once(tmp_path):
+    class Counts(Net):
+        count = 0
+
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["mine"] = 3
+
+        def on_load_checkpoint(self, checkpoint):
+            self.count += checkpoint.pop("mine")
+
+    fit([lt.EMA(0.9), every_epoch(tmp_path)], Counts(), max_epochs=1)
+    callbacks = [lt.EMA(0.9), every_epoch(tmp_path / "rest")]
+    _, module = fit(callbacks, Counts(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert module.count == 3
+    assert "on_load_checkpoint" not in vars(module)
+
+
+class Decays(Callback):
+    """What each update of an average weighs the old one with."""
+
+    def __init__(self, ema):
+        self.ema, self.decays = ema, []
+
+    def on_train_start(self, trainer, pl_module):
+        original = self.ema._averages.update
+        self.ema._averages.update = lambda decays: (self.decays.extend(decays), original(decays))
+
+    def on_train_end(self, trainer, pl_module):
+        del self.ema._averages.update
+
+
+def test_growing_decay_goes_on_in_a_second_fit_and_after_a_resume(tmp_path):
+    class Plain(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+    def make():
+        ema = lt.EMA(lt.Warmed(0.99), every_n_steps=2)
+        return ema, Decays(ema)
+
+    ema, whole = make()
+    _, module = fit([ema, whole], Plain(), max_epochs=4)
+    ema, first = make()
+    _, twice = fit([ema, first, every_epoch(tmp_path)], Plain(), max_epochs=2)
+    second = Decays(ema)
+    fit([ema, second], twice, max_epochs=2)
+    assert first.decays + second.decays == whole.decays
+    assert_same(snapshot(twice), snapshot(module))
+    ema, rest = make()
+    fit([ema, rest, every_epoch(tmp_path / "rest")], Plain(), ckpt_path=tmp_path / "epoch=1.ckpt", max_epochs=4)
+    assert rest.decays == second.decays
+
+
+def test_copy_of_a_callback_has_the_averages():
+    ema = lt.EMA(0.9)
+    _, module = fit([ema])
+    twin = copy.deepcopy(ema)
+    assert_same(twin.averaged_weights()["head.weight"], module.head.weight.detach())
+    assert_same(twin.raw_weights()["head.weight"], ema.raw_weights()["head.weight"])
+
+
+def test_buffer_that_is_deleted_is_dropped():
+    class Deletes(Net):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("extra", torch.ones(1))
+
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                del self.extra
+
+    loop = Loop(0.9)
+    _, module = fit([lt.EMA(0.9), loop], Deletes(), max_epochs=3)
+    assert_close(parameters(module), loop.averages[0])
+    fit([lt.EMA([0.9, 0.5], evaluate="both"), lt.PostHocEMA(every_n_steps=5)], Deletes(), max_epochs=3)
+
+
+def test_module_that_has_grown_since_the_checkpoint(tmp_path):
+    class Grown(Net):
+        strict_loading = False
+
+        def __init__(self):
+            super().__init__()
+            self.more = nn.Linear(3, 3).requires_grad_(False)
+
+    fit([lt.EMA([0.5, 0.9]), every_epoch(tmp_path)], max_epochs=1)
+    callbacks = [lt.EMA([0.5, 0.9]), every_epoch(tmp_path / "rest")]
+    _, module = fit(callbacks, Grown(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    _, whole = fit([lt.EMA([0.5, 0.9])])
+    assert_same(module.head.weight.detach(), whole.head.weight.detach())
+    assert_same(callbacks[0].averaged_weights("0.9")["more.weight"], module.more.weight.detach())
+
+
+def test_average_of_a_name_stays_with_it_when_others_change(tmp_path):
+    fit([lt.EMA([0.5, 0.9]), every_epoch(tmp_path)])
+    saved = torch.load(tmp_path / "epoch=1.ckpt", weights_only=True)
+    ema, start = lt.EMA([0.9, 0.99]), {}
+
+    class Start(Callback):
+        def on_train_start(self, trainer, pl_module):
+            start.update({name: ema.averaged_weights(name)["head.weight"].clone() for name in ("0.9", "0.99")})
+
+    fit([ema, Start(), every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=1.ckpt", max_epochs=3)
+    assert_same(start["0.9"], saved["averages"]["0.9"]["head.weight"])
+    assert_same(start["0.99"], saved["state_dict"]["head.weight"])
+
+
+def test_decay_of_a_user_may_be_a_number_of_torch():
+    _, module = fit([lt.EMA(lambda updates, total: torch.tensor(0.5, dtype=torch.float64))])
+    _, plain = fit([lt.EMA(0.5)])
+    assert_same(snapshot(module), snapshot(plain))
+
+
+def test_stored_averages_follow_other_optimizers_and_are_not_mixed_up_with_another_module(tmp_path):
+    class Anew(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.trainer.strategy.setup_optimizers(self.trainer)
+
+    stored = lt.PostHocEMA(every_n_steps=6)
+    trainer, _ = fit([stored, every_epoch(tmp_path)], Anew())
+    assert [path.name for path in stored.snapshots] == ["snapshot-step=6.pt", "snapshot-step=12.pt"]
+    other = Net()
+    other.lin, other.head = other.head, nn.Linear(8, 3)
+    del other.frozen.bias
+    other.frozen.bias = None
+    trainer.validate(other.eval(), loader(8), verbose=False)
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    assert "post_hoc_ema" not in torch.load(tmp_path / "other.ckpt", weights_only=True)
