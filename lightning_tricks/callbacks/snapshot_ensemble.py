@@ -28,8 +28,8 @@ from lightning_tricks.callbacks.shards import state_dict_in_one
 from lightning_tricks.callbacks.steps import refuse_sharded
 from lightning_tricks.ensembles import FORMAT, read_manifest
 from lightning_tricks.functional.checks import check_count, message
-from lightning_tricks.functional.ensembling import cycle_ends
-from lightning_tricks.functional.schedules import CosineRestarts, Schedule, describe
+from lightning_tricks.functional.ensembling import ends_of_cycles
+from lightning_tricks.functional.schedules import CosineRestarts, Duration, Schedule, check_duration, describe
 
 KEY = "snapshots"
 """Where a checkpoint has the run's snapshots."""
@@ -82,10 +82,12 @@ class SnapshotEnsemble(LRSchedule):
     Fast geometric ensembling is `SnapshotEnsemble(schedule=Triangular(cycles=5, low=0.01))` from trained weights.
 
     Args:
-        cycles: how many cycles of `CosineRestarts` fill the run, at least 1. Give this or `schedule`.
+        cycles: how many cycles of `CosineRestarts` fill the run, at least 1. Give this, `cycle_length` or `schedule`.
         directory: a folder for this run alone; None takes a new `snapshots` in the logger's folder, or in the Trainer's
             `default_root_dir`.
-        schedule: a schedule with `cycles`, as `CosineRestarts(cycles=5, gamma=0.8)` or `Triangular(cycles=5)`.
+        cycle_length: how long each of its cycles is, whatever then fits in the run: `int` = optimizer steps, `float` in
+            (0, 1) = fraction of the run, `"10ep"` = epochs. What is left over is a cycle that is not complete.
+        schedule: a schedule with cycles, as `CosineRestarts(cycles=5, gamma=0.8)` or `Triangular(cycles=5)`.
         keep: how many of the last snapshots stay on disk, or `KeepBest(2, "val/loss")`; None keeps all. The others are
             deleted.
         weights: `"raw"`, or `"average"`: those of the EMA in the same Trainer.
@@ -115,21 +117,26 @@ class SnapshotEnsemble(LRSchedule):
         cycles: int | None = None,
         directory: str | None = None,
         *,
+        cycle_length: Duration | None = None,
         schedule: Schedule | None = None,
         keep: int | KeepBest | None = None,
         weights: Literal["raw", "average"] = "raw",
         total_steps: int | None = None,
         optimizer: int | None = None,
     ) -> None:
-        if (cycles is None) == (schedule is None):
+        if [cycles, cycle_length, schedule].count(None) != 2:
             fix = "SnapshotEnsemble(5) has five cycles of a cosine"
-            got = {"cycles": cycles, "schedule": schedule}
-            raise ValueError(message(self.owner, "cycles", "given, or schedule instead, and not both", got, fix))
+            got = {"cycles": cycles, "cycle_length": cycle_length, "schedule": schedule}
+            condition = "given, or cycle_length or schedule instead, and one of them alone"
+            raise ValueError(message(self.owner, "cycles", condition, got, fix))
         if cycles is not None:
             check_count(self.owner, "cycles", cycles, 1, "cycles in the run", "5 are usual")
             schedule = CosineRestarts(cycles=cycles)
+        if cycle_length is not None:
+            check_duration(self.owner, "cycle_length", cycle_length, least=1)
+            schedule = CosineRestarts(length=cycle_length)
         assert schedule is not None
-        if not isinstance(getattr(schedule, "cycles", None), int):
+        if not hasattr(schedule, "cycles"):
             fix = "Give one such as CosineRestarts(cycles=5) or Triangular(cycles=5)"
             raise ValueError(message(self.owner, "schedule", "one that has cycles", schedule, fix))
         if keep is not None and not isinstance(keep, KeepBest):
@@ -177,8 +184,7 @@ class SnapshotEnsemble(LRSchedule):
         if clock.schedule is None or clock.total_steps is None:  # fast_dev_run
             self._ends = []
             return
-        growth: float = getattr(self.schedule, "multiplier", 1.0)
-        self._ends = cycle_ends(self.schedule.cycles, clock.total_steps, growth)
+        self._ends = ends_of_cycles(clock.schedule, clock.total_steps)
         if not clock.restored:
             self._folder, self._run, self._rows, self._earlier = None, None, [], {}
         default = Path(trainer.log_dir or trainer.default_root_dir) / "snapshots"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_tricks.functional.checks import check_number, message
-from lightning_tricks.functional.ensembling import cycle_ends
+from lightning_tricks.functional.ensembling import ends_of_cycles
 from lightning_tricks.functional.post_hoc import PowerFunction
 from lightning_tricks.functional.schedules import Duration, Schedule, check_duration, in_steps
 from lightning_tricks.functional.schedules.durations import snap
@@ -172,7 +172,7 @@ class Averaging:
         check_duration(self.owner, "start", self.start)
         if not callable(self.every_n_steps):
             check_duration(self.owner, "every_n_steps", self.every_n_steps, least=1)
-        elif not isinstance(getattr(self.every_n_steps, "cycles", None), int):
+        elif not hasattr(self.every_n_steps, "cycles"):
             fix = "Give one such as CosineRestarts(5) or Triangular(5), or steps"
             raise ValueError(
                 message(self.owner, "every_n_steps", "a schedule that has cycles", self.every_n_steps, fix)
@@ -215,8 +215,7 @@ class Averaging:
     def _is_due(self, step: int, total_steps: float) -> bool:
         """Whether a step completes a stretch."""
         if callable(self.every_n_steps):
-            growth: float = getattr(self.every_n_steps, "multiplier", 1.0)
-            return step in _cycle_ends(getattr(self.every_n_steps, "cycles", 1), int(total_steps), growth)
+            return step in _ends_of_cycles(self.every_n_steps, int(total_steps))
         every = in_steps(self.owner, "every_n_steps", self.every_n_steps, total_steps)
         return bool(math.floor(snap(step / every)) > math.floor(snap((step - 1) / every)))
 
@@ -229,8 +228,8 @@ class Averaging:
 
 
 @functools.lru_cache  # a run asks for the same ones at every step
-def _cycle_ends(cycles: int, total_steps: int, growth: float) -> frozenset[int]:
-    return frozenset(cycle_ends(cycles, total_steps, growth))
+def _ends_of_cycles(schedule: Schedule, total_steps: int) -> frozenset[int]:
+    return frozenset(ends_of_cycles(schedule, total_steps))
 
 
 def check_decay(owner: str, decay: Any) -> None:

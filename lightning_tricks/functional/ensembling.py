@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_tricks.functional.checks import message
-from lightning_tricks.functional.schedules.durations import snap
+from lightning_tricks.functional.schedules.durations import in_steps, snap
 
 
 def log_mean_probability(logits: Tensor) -> Tensor:
@@ -194,6 +195,38 @@ def cycle_ends(cycles: int, total_steps: int, multiplier: float = 1.0) -> list[i
         fix = "Train longer, or in fewer cycles"
         condition = f"few enough for each to have one of the run's {total_steps} optimizer steps"
         raise ValueError(message("cycle_ends", "cycles", condition, cycles, fix))
+    return ends
+
+
+def ends_of_cycles(schedule: Any, total_steps: int) -> list[int]:
+    """After how many real steps the cycles of a schedule are over, as far as they end within the run.
+
+    Args:
+        schedule: with `cycles` that fill the run, or the `length` of the first one (steps or a fraction of the run),
+            and perhaps a `multiplier`, as `CosineRestarts` and `Triangular` have them.
+        total_steps: length of the run (optimizer steps), at least 1.
+    Returns:
+        Whole steps, each above the one before it; at least one.
+    Raises:
+        ValueError: a cycle shorter than a step, or longer than the run.
+    Example:
+        >>> from lightning_tricks import CosineRestarts
+        >>> ends_of_cycles(CosineRestarts(length=2, multiplier=2), 10)
+        [2, 6]
+    """
+    growth: float = getattr(schedule, "multiplier", 1.0)
+    if schedule.cycles is not None:
+        return cycle_ends(schedule.cycles, total_steps, growth)
+    stretch = in_steps("ends_of_cycles", "length", schedule.length, total_steps)
+    if not 1 <= stretch <= total_steps:
+        fix = "Train longer, or in other cycles"
+        condition = f"between one and the run's {total_steps} optimizer steps"
+        raise ValueError(message("ends_of_cycles", "length", condition, schedule.length, fix))
+    ends, end = [], snap(stretch)
+    while end <= total_steps:
+        ends.append(math.ceil(end))
+        stretch *= growth
+        end = snap(end + stretch)
     return ends
 
 

@@ -175,7 +175,13 @@ def test_steps_by_hand_count():
 
 
 @pytest.mark.parametrize(
-    ("cycles", "ends"), [(lt.CosineRestarts(3), (6, 12, 18)), (lt.CosineRestarts(2, multiplier=2.0), (6, 18))]
+    ("cycles", "ends"),
+    [
+        (lt.CosineRestarts(3), (6, 12, 18)),
+        (lt.CosineRestarts(2, multiplier=2.0), (6, 18)),
+        (lt.CosineRestarts(length="1ep"), (6, 12, 18)),
+        (lt.Triangular(length=5), (5, 10, 15)),
+    ],
 )
 def test_mean_of_the_weights_at_the_end_of_each_cycle(cycles, ends):
     watch = Watch()
@@ -184,7 +190,7 @@ def test_mean_of_the_weights_at_the_end_of_each_cycle(cycles, ends):
     tail = [watch.steps[step - 1] for step in ends]
     assert_close(dict(module.named_parameters()), {n: torch.stack([w[n] for w in tail]).mean(0) for n in LEARNED})
     assert average.updates == len(ends)
-    assert average.settings["every_n_steps"].startswith("CosineRestarts(cycles=")
+    assert average.settings["every_n_steps"].startswith(f"{type(cycles).__name__}(cycles=")
 
 
 def test_exponential_average_at_the_end_of_each_cycle_decays_once_a_step():

@@ -90,6 +90,38 @@ def test_snapshots_are_the_weights_at_the_ends_of_the_cycles(cycles, tmp_path):
     assert [row["cycle"] for row in rows(tmp_path / "s")] == list(range(1, cycles + 1))
 
 
+@pytest.mark.parametrize(
+    ("options", "ends", "complete"),
+    [
+        ({"cycle_length": 5}, [5, 10, 12], [True, True, False]),
+        ({"cycle_length": "1ep"}, [6, 12], [True, True]),
+        ({"cycle_length": 0.25}, [3, 6, 9, 12], [True] * 4),
+        ({"schedule": lt.CosineRestarts(length=2, multiplier=2.0)}, [2, 6, 12], [True, True, False]),
+        ({"schedule": lt.Triangular(length=6, low=0.1)}, [6, 12], [True, True]),
+    ],
+)
+def test_cycles_of_a_given_length(options, ends, complete, tmp_path):
+    record = EveryStep()
+    callback = SnapshotEnsemble(directory=str(tmp_path / "s"), **options)
+    fit([callback, record, every_epoch(tmp_path)])
+    assert [row["step"] for row in rows(tmp_path / "s")] == ends
+    assert [row["complete"] for row in rows(tmp_path / "s")] == complete
+    for row, path in zip(rows(tmp_path / "s"), callback.snapshots, strict=True):
+        assert_same(dict(torch.load(path, weights_only=True)["state_dict"]), record.weights[row["step"]])
+        assert row["lr"] == pytest.approx(record.rates[row["step"] - 1], abs=1e-12)
+    before = contents(tmp_path / "s")
+    again = SnapshotEnsemble(directory=str(tmp_path / "s"), **options)
+    fit([again, every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert_same(contents(tmp_path / "s"), before)
+
+
+def test_cycle_that_is_longer_than_the_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="length must be between one and the run's 12 optimizer steps, got 13"):
+        fit([SnapshotEnsemble(cycle_length=13, directory=str(tmp_path / "s"))])
+    with pytest.raises(ValueError, match="SnapshotEnsemble: cycle_length must be at least 1"):
+        SnapshotEnsemble(cycle_length=0)
+
+
 def test_manifest_says_what_the_run_was(tmp_path):
     fit([SnapshotEnsemble(2, str(tmp_path / "s"))])
     manifest = read_manifest(tmp_path / "s")
@@ -526,12 +558,13 @@ def test_another_owner_of_the_rate_is_refused():
 def test_arguments():
     for arguments in ({}, {"cycles": 2, "schedule": lt.CosineRestarts(cycles=2)}):
         with pytest.raises(
-            ValueError, match="SnapshotEnsemble: cycles must be given, or schedule instead, and not both"
+            ValueError,
+            match="SnapshotEnsemble: cycles must be given, or cycle_length or schedule instead, and one of them alone",
         ):
             SnapshotEnsemble(**arguments)
     with pytest.raises(ValueError, match="SnapshotEnsemble: cycles must be a whole number of at least 1"):
         SnapshotEnsemble(0)
-    for schedule in (lt.Cosine(), lt.CosineRestarts(length=3), lambda step, total_steps: 1.0):
+    for schedule in (lt.Cosine(), lambda step, total_steps: 1.0):
         with pytest.raises(
             ValueError, match=r"SnapshotEnsemble: schedule must be one that has cycles, got .* Triangular"
         ):
