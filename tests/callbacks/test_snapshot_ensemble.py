@@ -556,7 +556,7 @@ def test_another_owner_of_the_rate_is_refused():
 
 
 def test_arguments():
-    for arguments in ({}, {"cycles": 2, "schedule": lt.CosineRestarts(cycles=2)}):
+    for arguments in ({}, {"cycles": 2, "schedule": lt.CosineRestarts(cycles=2)}, {"cycles": 2, "cycle_length": 3}):
         with pytest.raises(
             ValueError,
             match="SnapshotEnsemble: cycles must be given, or cycle_length or schedule instead, and one of them alone",
