@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_tricks.callbacks.ema import EMA
 from lightning_tricks.callbacks.shards import hold_parts, split_as
-from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES, refuse_sharded
+from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES, refuse_sharded, state_without_module
 from lightning_tricks.callbacks.weights import named_weights
 from lightning_tricks.functional.checks import message
 from lightning_tricks.functional.slots import weight_slots
@@ -309,6 +309,9 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         self.best_weights = state_dict.get("best_weights")
         self._pending = state_dict.get("pending")
         self._resumed = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return state_without_module(self)
 
 
 def _whole(weights: dict[str, Tensor] | None) -> dict[str, Tensor] | None:

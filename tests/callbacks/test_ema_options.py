@@ -750,7 +750,17 @@ def test_migration_of_values_reaches_average_and_raw_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: lt.EMA(0.9), lambda: lt.PostHocEMA(every_n_steps=5), lambda: lt.LRSchedule(lt.Cosine())]
+    "make",
+    [
+        lambda: lt.EMA(0.9),
+        lambda: lt.PolyakAverage(0.5, update_bn=True),
+        lambda: lt.PostHocEMA(every_n_steps=5),
+        lambda: lt.LRSchedule(lt.Cosine()),
+        lambda: lt.SnapshotEnsemble(2),
+        lambda: lt.EarlyStopping("val/loss", restore_best=True),
+        lambda: lt.BatchTransforms([lt.Mixup(0.5)]),
+        lambda: lt.UpdateMonitor(2),
+    ],
 )
 def test_copy_of_a_callback_has_no_module(make):
     class NoCopies(Net):
