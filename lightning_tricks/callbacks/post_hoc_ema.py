@@ -195,11 +195,17 @@ class PostHocEMA(Callback):
         if self._plan.needs_length:
             fix = "Give every_n_steps= in optimizer steps"
             self._total_steps = run_length(self.owner, trainer, fix) * optimizers
-        if self._averaging(trainer):
-            self._take_up(pl_module)
-        self._loaded = []
         default = Path(trainer.log_dir or trainer.default_root_dir) / "post_hoc_ema"
-        self._folder, self._run, self._rows = on_rank_zero(trainer, lambda: self._claim(default))
+        if self._sharded(trainer):
+            self._take_up(pl_module)
+
+        def begin() -> tuple[str, str, list[Row]]:
+            if not self._sharded(trainer):
+                self._take_up(pl_module)
+            return self._claim(default)
+
+        self._folder, self._run, self._rows = on_rank_zero(trainer, begin)
+        self._loaded = []
         rank_zero_info(f"{self.owner}: snapshots go to {self._folder} (every_n_steps={self.every_n_steps!r}).")
         self._watch(trainer)
 
@@ -216,9 +222,9 @@ class PostHocEMA(Callback):
         self._watched = trainer.strategy.optimizers
         self._handles = after_real_steps(self.owner, trainer.optimizers, partial(self._advance, trainer))
 
-    def _averaging(self, trainer: pl.Trainer) -> bool:
-        """Whether this rank averages: rank 0, and every rank that has parts of the weights."""
-        return trainer.is_global_zero or isinstance(trainer.strategy, ModelParallelStrategy)
+    def _sharded(self, trainer: pl.Trainer) -> bool:
+        """Whether every rank has a part of the weights, and averages that."""
+        return isinstance(trainer.strategy, ModelParallelStrategy)
 
     def _take_up(self, pl_module: pl.LightningModule) -> None:
         """Go on with the averages of a checkpoint or of the fit before; refuse those of another module."""
@@ -243,7 +249,7 @@ class PostHocEMA(Callback):
 
     def _advance(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         self._steps += 1
-        if self._averaging(trainer):
+        if trainer.is_global_zero or self._sharded(trainer):
             if self._averages.begun:
                 self._averages.update([decay(self._steps - 1, self._total_steps) for decay in self._decays])
             else:
@@ -255,13 +261,16 @@ class PostHocEMA(Callback):
 
     def _snapshot(self, trainer: pl.Trainer, due: bool) -> None:
         row: Row = {"file": f"snapshot-step={self._steps}.pt", "step": self._steps, "due": due}
-        content = self._content(trainer.lightning_module) if self._averaging(trainer) else {}
-
-        def save(file: BinaryIO) -> None:
-            torch.save(content, file)
+        # What all ranks have parts of, they put together; else rank 0's error must come to all ranks.
+        gathered = self._content(trainer.lightning_module) if self._sharded(trainer) else None
 
         def write() -> list[Row]:
             folder = Path(self._folder or ".")
+            content = gathered or self._content(trainer.lightning_module)
+
+            def save(file: BinaryIO) -> None:
+                torch.save(content, file)
+
             write_whole(folder / row["file"], save)
             return self._write(folder, [*self._rows, row], set())
 

@@ -730,3 +730,13 @@ def test_settings():
 def test_widths_of_the_paper_are_the_default():
     assert PostHocEMA().sigma_rels == (0.05, 0.10)
     assert math.isclose(PostHocEMA().every_n_steps * 80, 1)
+
+
+def test_error_of_rank_zero_ends_all_ranks():
+    class Grows(Net):
+        def on_train_epoch_start(self):
+            if self.current_epoch == 1:
+                self.late = torch.nn.Linear(2, 2)
+
+    with pytest.raises(Exception, match="module must be one whose parameters are all there when training starts"):
+        fit([PostHocEMA(every_n_steps=2)], Grows(), strategy="ddp_fork", devices=2, max_epochs=3)
