@@ -210,8 +210,9 @@ class Averages:
         )
 
     def _copied(self, part: Tensor) -> Tensor:
-        widened = self.dtype is not None and part.is_floating_point()
-        dtype = torch.promote_types(part.dtype, self.dtype) if widened and self.dtype else part.dtype
+        dtype = part.dtype
+        if self.dtype is not None and part.is_floating_point():
+            dtype = torch.promote_types(dtype, self.dtype)
         home = self._home(part)
         if home.type == "cpu" and part.is_cuda:
             return torch.empty_like(part, device=home, dtype=dtype, pin_memory=True).copy_(part.detach())

@@ -119,12 +119,8 @@ class EMA(Callback):
         if dtype is not None and plain not in dtypes:
             fix = "None takes that of the weights"
             raise ValueError(message(self.owner, "dtype", "'float32' or 'float64'", dtype, fix))
-        self.evaluate, self.device, self.dtype, self.buffers = (
-            evaluate,
-            device,
-            None if dtype is None else plain,
-            buffers,
-        )
+        self.evaluate, self.device, self.buffers = evaluate, device, buffers
+        self.dtype = None if dtype is None else plain
         self.include = None if include is None else _patterns(self.owner, "include", include)
         self.exclude = _patterns(self.owner, "exclude", exclude)
         average_buffers = buffers == "average"

@@ -79,8 +79,8 @@ class PostHocEMA(Callback):
         TypeError: an argument of another type, or an optimizer without step hooks.
         ValueError: a value out of range, a fraction of a run of unknown length, a directory with another run's
             snapshots, snapshots of a checkpoint that are gone, a checkpoint of other widths or of another module,
-            parameters that are made during training, a strategy that shards the parameters, another PostHocEMA or a
-            ModelPruning in the Trainer.
+            parameters that are made during training, FSDP1 or DeepSpeed, another PostHocEMA or a ModelPruning in the
+            Trainer.
     References:
         Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models", 2024, arXiv:2312.02696,
             section 3 and appendix C.
@@ -144,7 +144,7 @@ class PostHocEMA(Callback):
         return [Path(self._folder or ".") / row["file"] for row in self._rows]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse weights that are in parts or exchanged, and a second callback of the kind."""
+        """Refuse weights that cannot be followed, and a second callback of the kind."""
         refuse_twins(self, trainer, "the averages that are stored")
         if any(isinstance(other, ModelPruning) for other in trainer.callbacks):
             fix = "It replaces the parameters that are averaged; prune after the training"
