@@ -294,6 +294,27 @@ def mix_labels(labels: Tensor, weight: Tensor, permutation: Tensor) -> Tensor:
     return MixedLabels._of(first + second, labels.smoothing, used=labels._used)
 
 
+def move_labels(labels: Tensor, move: Callable[[Tensor, float], Tensor], fill: float) -> Tensor:
+    """Move labels of pixels from place to place.
+
+    Args:
+        labels: (N, H, W) or (N, K, H, W); integers, MixedLabels or floats.
+        move: takes such a tensor and the value of what comes from outside, and returns it moved.
+        fill: value of what comes from outside.
+    Returns:
+        Labels of the same kind.
+    Example:
+        >>> move_labels(torch.tensor([[[1, 2]]]), lambda part, fill: part.roll(1, -1), -100)
+        tensor([[[2, 1]]])
+    """
+    if not isinstance(labels, MixedLabels):
+        return move(labels, fill)
+    components = tuple(
+        (move(own, fill), move(share, float(index == 0))) for index, (own, share) in enumerate(labels._components)
+    )
+    return MixedLabels._of(components, labels.smoothing, used=labels._used)
+
+
 def smooth_labels(labels: Tensor, smoothing: float) -> MixedLabels:
     """Spread a share of each target evenly over all classes.
 

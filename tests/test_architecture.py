@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "one_hot": {"dispatch"},
     "labels": {"functional", "dispatch", "one_hot"},
     "losses": {"functional", "labels"},
-    "transforms": {"functional", "labels"},
+    "transforms": {"functional", "labels", "transforms"},
     "loggers": set(),
     "plots": {"functional"},
     "callbacks": {

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 LARGEST = sys.float_info.max
 
 
@@ -75,3 +77,20 @@ def check_flag(owner: str, name: str, value: Any, fix: str) -> None:
     """
     if not isinstance(value, bool):
         raise TypeError(message(owner, name, "True or False", value, fix))
+
+
+def check_images(owner: str, images: Tensor) -> None:
+    """Raise unless these are images of shape (N, C, H, W).
+
+    Args:
+        owner: class or function named in the error.
+        images: what came.
+    Raises:
+        ValueError: another number of dimensions.
+    Example:
+        >>> import torch
+        >>> check_images("Cutout", torch.zeros(2, 1, 8, 8))
+    """
+    if images.dim() != 4:
+        fix = "Add the missing dimension, or leave this transform out"
+        raise ValueError(message(owner, "images", "of shape (N, C, H, W)", tuple(images.shape), fix))

@@ -3,23 +3,7 @@
 import torch
 from torch import Generator, Tensor
 
-from lightning_tricks.functional.checks import message
-
-
-def check_images(owner: str, images: Tensor) -> None:
-    """Raise unless these are images of shape (N, C, H, W).
-
-    Args:
-        owner: class or function named in the error.
-        images: what came.
-    Raises:
-        ValueError: another number of dimensions.
-    Example:
-        >>> check_images("Cutout", torch.zeros(2, 1, 8, 8))
-    """
-    if images.dim() != 4:
-        fix = "Add the missing dimension, or leave this transform out"
-        raise ValueError(message(owner, "images", "of shape (N, C, H, W)", tuple(images.shape), fix))
+from lightning_tricks.functional.checks import check_images, message
 
 
 def sample_centers(count: int, holes: int, height: int, width: int, generator: Generator | None = None) -> Tensor:
