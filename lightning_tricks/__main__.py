@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from lightning_tricks.functional.schedules import SCHEDULES, parse
 from lightning_tricks.plots import plot_schedule, sample_schedule, text_picture
+from lightning_tricks.reports import report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -16,11 +17,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     schedule.add_argument("--steps", type=int, required=True, help="optimizer steps of the run")
     schedule.add_argument("--steps-per-epoch", type=int, help="optimizer steps of an epoch, for durations as '3ep'")
     schedule.add_argument("--png", help="picture to write; without it the terminal is drawn in")
+    schedule.set_defaults(
+        run=lambda given: draw(given.schedule, given.steps, given.steps_per_epoch, given.png), parser=schedule
+    )
+    page = commands.add_parser("report", help="show what runs logged", description="Write one HTML page of runs.")
+    page.add_argument("runs", nargs="+", help="folders with logs of CSVLogger or offline runs, or folders above them")
+    page.add_argument("--out", default="report.html", help="page to write; its pictures lie in a folder beside it")
+    page.add_argument("--group", help="setting whose values make groups; without it, equal settings but for seeds")
+    page.add_argument("--title", default="Training report", help="title of the page")
+    page.set_defaults(
+        run=lambda given: print(report(given.runs, given.out, group=given.group, title=given.title)), parser=page
+    )
     given = parser.parse_args(arguments)
     try:
-        draw(given.schedule, given.steps, given.steps_per_epoch, given.png)
+        given.run(given)
     except (ImportError, OSError, TypeError, ValueError) as error:
-        schedule.error(str(error))
+        given.parser.error(str(error))
 
 
 def draw(text: str, total_steps: int, steps_per_epoch: int | None, png: str | None) -> None:

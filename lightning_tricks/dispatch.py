@@ -15,11 +15,22 @@ KEEP = frozenset(
 )
 """What rearranges or copies labels: the result carries what they carry."""
 
+JOINS = frozenset("cat concat concatenate stack hstack vstack".split())
+"""What makes one tensor of several: the result carries what each carries."""
+
 MOVES = frozenset("byte char cpu cuda int long short to type type_as".split())
 """What moves labels, or casts them to another integer type."""
 
 FLOAT_CASTS = frozenset("float double half bfloat16 cfloat cdouble chalf".split())
 """What casts labels to floating point, whatever the arguments."""
+
+ARITHMETIC = frozenset(
+    (
+        "add sub rsub mul div pow subtract multiply divide true_divide "
+        "__add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__ __pow__ __rpow__"
+    ).split()
+)
+"""What casts labels to floating point where the other number is floating: `labels * 1.0`."""
 
 # What the labels carry may not be laid out as they are.
 VIEWS: dict[str, Callable[..., Any]] = {"view": Tensor.reshape, "view_as": Tensor.reshape_as}
@@ -56,7 +67,7 @@ def changes_in_place(func: Any) -> bool:
 def casts_to_float(func: Any, result: Any) -> bool:
     """Whether a function, with this result, was a cast of its first argument to floating point."""
     name = name_of(func)
-    return name in FLOAT_CASTS or (name in MOVES and is_floating(result))
+    return name in FLOAT_CASTS or (name in MOVES | ARITHMETIC and is_floating(result) and not result.requires_grad)
 
 
 def is_floating(value: Any) -> bool:

@@ -27,14 +27,14 @@ class MixedOneHot(Tensor):
     Args:
         plain: (..., K) integers, the codes of the dominant labels; or floats, which are `dense`.
         dense: (..., K) floats, the probabilities of the mix.
-        used: the list in which the labels note that a loss used them.
+        used: where the labels note that a loss used them.
     """
 
     _plain: Tensor
     _dense: Tensor | None
-    _used: list[bool]
+    _used: tuple[list[bool], ...]
 
-    def __new__(cls, plain: Tensor, dense: Tensor, used: list[bool]) -> "MixedOneHot":
+    def __new__(cls, plain: Tensor, dense: Tensor, used: tuple[list[bool], ...]) -> "MixedOneHot":
         self = Tensor._make_subclass(cls, plain)
         self._plain, self._dense, self._used = plain, dense, used
         return self
@@ -67,7 +67,9 @@ class MixedOneHot(Tensor):
             return plain
         dense = func(*replaced(args, MixedOneHot, "_dense"), **replaced(kwargs, MixedOneHot, "_dense"))
         if requires_grad(dense):
-            own._used[0] = True
+            for codes in found:
+                for cell in codes._used:
+                    cell[0] = True
             return dense
         return MixedOneHot(dense if is_floating(plain) else plain, dense, own._used)
 

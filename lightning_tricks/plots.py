@@ -77,11 +77,23 @@ def new_axes(owner: str) -> "Axes":
     Raises:
         ImportError: matplotlib is not installed.
     """
+    return new_figure(owner, (7, 4)).add_subplot()
+
+
+def new_figure(owner: str, size: tuple[float, float]) -> "Figure":
+    """A figure that pyplot does not know, and that nobody has to close.
+
+    Args:
+        owner: function named in an error.
+        size: width and height (inches).
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(f'{owner} needs matplotlib: pip install "lightning-tricks[plots]".') from error
-    return Figure(figsize=(7, 4), layout="constrained").add_subplot()
+    return Figure(figsize=size, layout="constrained")
 
 
 def text_picture(values: Sequence[float], width: int = 72, height: int = 14) -> str:

@@ -58,6 +58,20 @@ def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, config
 
 
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """What was said of metrics, by their names."""
+    (path,) = folder.glob("*.wandb")
+    records = [record.metric for record in _finished(path) if record.WhichOneof("record_type") == "metric"]
+    return {record.name or record.glob_name: record for record in records}
+
+
+def read_alerts(folder: Path) -> list[tuple[str, str, str]]:
+    """Title, text and level of each alert."""
+    (path,) = folder.glob("*.wandb")
+    alerts = [record.alert for record in _finished(path) if record.WhichOneof("record_type") == "alert"]
+    return [(alert.title, alert.text, alert.level) for alert in alerts]
+
+
 def runs(folder: Path) -> list[Path]:
     """The folders of the offline runs below a folder."""
     return sorted(path for path in folder.rglob("offline-run-*") if path.is_dir() and not path.is_symlink())

@@ -42,6 +42,19 @@ def test_gallery_shows_every_schedule():
     assert [len(ax.lines[0].get_xdata()) for ax in figure.axes] == [51] * len(shown)
 
 
+def test_gallery_shows_every_transform():
+    spec = importlib.util.spec_from_file_location("transforms_gallery", DOCS / "transforms_gallery.py")
+    gallery = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gallery)
+    assert {type(transform).__name__ for transform in gallery.GALLERY} == set(lt.transforms.__all__) - {
+        "LabelSmoothing",  # changes no picture
+        "Transform",
+    }
+    figure = gallery.gallery()
+    plain, *rows = [ax.images[0].get_array() for ax in figure.axes]
+    assert all(row.shape == plain.shape and (row != plain).any() for row in rows)
+
+
 def test_every_schedule_is_on_the_page():
     text = (DOCS / "schedules.md").read_text() + (DOCS / "gallery.py").read_text()
     assert [name for name in lt.schedules.SCHEDULES if name not in text] == []

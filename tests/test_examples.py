@@ -1,5 +1,6 @@
 import csv
 import importlib
+import io
 import os
 import re
 import statistics
@@ -7,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from offline_wandb import read_run, runs
+from PIL import Image
 from scipy import stats
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -155,3 +158,26 @@ def test_the_verdict_of_the_averages_example_names_what_is_bold_by_its_meaning(a
     assert text.endswith("by accuracy: good. By cross-entropy: good. Worse, by accuracy: none. By cross-entropy: none.")
     text = averages.verdict(averages.table({"good": better, "one": first, "same": noise}))
     assert text.endswith("by accuracy: none. By cross-entropy: none. Worse, by accuracy: one. By cross-entropy: one.")
+
+
+def test_each_transform_has_a_row_beside_nothing(tmp_path):
+    generator = np.random.default_rng(0)
+    files = []
+    for _ in range(120):
+        files.append(io.BytesIO())
+        Image.fromarray(generator.integers(256, size=(32, 32, 3), dtype=np.uint8)).save(files[-1], "JPEG")
+    jpeg = [np.frombuffer(file.getvalue(), np.uint8) for file in files]
+    offsets = np.cumsum([0, *map(len, jpeg)])
+    labels = generator.integers(10, size=120)
+    np.savez(tmp_path / "cifar10_train.npz", jpeg=np.concatenate(jpeg), offsets=offsets, labels=labels)
+    small = ("--pictures", "100", "--epochs", "1", "--seeds", "2", "--only", "CutMix", "RandAugment")
+    out = tmp_path / "new" / "table.md"
+    printed = demo("--data-dir", str(tmp_path), *small, "--out", str(out), script="transforms.py")
+    assert out.read_text() in printed
+    accuracy = {
+        name: [float(x) for x in re.findall(rf"seed \d, {name}: ([\d.]+) %", printed)] for name in ("nothing", "CutMix")
+    }
+    difference = statistics.mean(b - a for a, b in zip(*accuracy.values(), strict=True))
+    assert table_row(printed, "nothing")[0] == pytest.approx(statistics.mean(accuracy["nothing"]), abs=0.006)
+    assert table_row(printed, "CutMix")[1] == pytest.approx(difference, abs=0.011)
+    assert len(table_row(printed, "RandAugment")) == 8

@@ -15,7 +15,15 @@ import torchmetrics
 import torchmetrics.functional as metrics
 from torch import nn
 
-from lightning_tricks.labels import MixedLabels, check_smoothing, mix_labels, smooth_labels, soft_targets
+from lightning_tricks.labels import (
+    MixedLabels,
+    check_smoothing,
+    mix_labels,
+    move_labels,
+    put_labels,
+    smooth_labels,
+    soft_targets,
+)
 from lightning_tricks.losses import LabelSmoothingCrossEntropy
 
 K = 4
@@ -643,6 +651,13 @@ FLOAT_CASTS = {
     "type": lambda y: y.type(torch.float32),
     "type by name": lambda y: y.type("torch.FloatTensor"),
     "type_as": lambda y: y.type_as(torch.zeros(1)),
+    "times 1.0": lambda y: y * 1.0,
+    "1.0 times": lambda y: 1.0 * y,
+    "divided": lambda y: y / 2,
+    "1.0 minus": lambda y: 1.0 - y,
+    "torch.add": lambda y: torch.add(y, 0.5),
+    "to a power": lambda y: y**0.5,
+    "times floats": lambda y: y * torch.ones(6),
 }
 
 
@@ -896,6 +911,235 @@ def test_smoothing_smoothed_labels_checks_the_smoothing():
     text = "smooth_labels: smoothing must be in [0, 1], got 1.5. It is the share of the target spread over all classes"
     with pytest.raises(ValueError, match=re.escape(text)):
         smooth_labels(mixed(), 1.5)
+
+
+# ------------------------------------------------------------------ labels of a part of the batch, and joined
+
+PRIOR = torch.tensor([0.4, 0.3, 0.2, 0.1])
+ROWS = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.0, 1.0, 0.0, 0.0], [0.2, 0.2, 0.6, 0.0], [0.25] * 4])
+KINDS = {
+    "integers": lambda shape, seed: integers(shape, seed),
+    "mixed": lambda shape, seed: mixed(shape, 0.0, seed),
+    "smoothed": lambda shape, seed: smooth_labels(integers(shape, seed), 0.1),
+    "mixed and smoothed": lambda shape, seed: mixed(shape, 0.3, seed),
+    "each smoothed by itself": lambda shape, seed: smooth_labels(mixed(shape, 0.0, seed), torch.rand(shape)),
+    "mixed twice": lambda shape, seed: mix_labels(mixed(shape, 0.0, seed), *parameters(shape[0], seed + 1)),
+    "on a prior": lambda shape, seed: smooth_labels(mixed(shape, 0.0, seed), 0.2, PRIOR),
+}
+several_kinds = [(a, b) for a in KINDS for b in KINDS if {a, b} <= {"integers", "mixed", "on a prior"} or
+                 "on a prior" not in (a, b)]  # fmt: skip
+every_pair = pytest.mark.parametrize(("first", "second"), several_kinds)
+
+
+@every_pair
+@pytest.mark.parametrize("shape", [(5,), (5, 2, 3)], ids=str)
+def test_labels_of_some_samples_can_be_replaced(first, second, shape):
+    labels, part = KINDS[first](shape, 0), KINDS[second]((2, *shape[1:]), 1)
+    index = torch.tensor([3, 1])
+    expected = soft_targets(labels, K).clone()
+    expected[index] = soft_targets(part, K)
+    plain = torch.tensor(labels.tolist())
+    result = put_labels(labels, index, part)
+    assert_close(soft_targets(result, K), expected)
+    assert labels.tolist() == plain.tolist()
+    plain[index] = torch.tensor(part.tolist())
+    assert result.tolist() == plain.tolist()
+    assert type(result) is (torch.Tensor if first == second == "integers" else MixedLabels)
+    logits = logits_for(result)
+    assert_close(F.cross_entropy(logits, result, reduction="sum"), dense_loss(logits, expected))
+
+
+def test_parts_that_were_transformed_alike_keep_one_smoothing():
+    labels = put_labels(mixed(smoothing=0.1), torch.tensor([0, 2]), smooth_labels(integers((2,)), 0.1))
+    assert labels.smoothing == 0.1
+    assert len(labels.components) == 2
+
+
+def test_floating_labels_of_some_samples_can_be_replaced():
+    labels = torch.rand(4, K)
+    result = put_labels(labels, torch.tensor([2]), torch.ones(1, K))
+    assert result[2].tolist() == [1.0] * K
+    assert torch.equal(result[[0, 1, 3]], labels[[0, 1, 3]])
+    assert labels[2].tolist() != [1.0] * K
+
+
+def test_use_of_replaced_labels_is_a_use_of_both():
+    labels, part = mixed(), mixed((2,))
+    result = put_labels(labels, torch.tensor([0, 1]), part)
+    assert not result.used
+    F.cross_entropy(logits_for(result), result)
+    assert result.used
+    assert labels.used
+    assert part.used
+
+
+def test_a_part_must_fit_its_place():
+    text = "put_labels: part must be labels like the others, torch.int64, got torch.float32. Transform all samples"
+    with pytest.raises(TypeError, match=re.escape(text)):
+        put_labels(integers(), torch.tensor([0]), torch.rand(1))
+    text = "put_labels: part must be of shape (2,), got (1,). Give a label for each sample of the index."
+    with pytest.raises(ValueError, match=re.escape(text)):
+        put_labels(mixed(), torch.tensor([0, 1]), mixed((1,)))
+
+
+@pytest.mark.parametrize("join", [put_labels, lambda a, i, b: torch.cat([a, b])], ids=["put_labels", "torch.cat"])
+def test_priors_that_differ_within_a_batch_are_refused(join):
+    labels = smooth_labels(integers(), 0.1)
+    for prior in (PRIOR, ROWS):
+        part = smooth_labels(integers((1,)), 0.1, prior)
+        with pytest.raises(ValueError, match="prior must be the same for all labels of a batch, got .*Give every"):
+            join(labels, torch.tensor([0]), part)
+        join(mixed(), torch.tensor([0]), part)  # what is not smoothed has no prior
+        join(part, torch.tensor([0]), smooth_labels(integers((1,)), 0.1, prior.clone()))
+
+
+JOINS = {
+    "torch.cat": torch.cat,
+    "torch.cat by name": lambda parts: torch.cat(tensors=parts, dim=0),
+    "torch.concat": torch.concat,
+    "torch.stack": torch.stack,
+    "torch.stack at the end": lambda parts: torch.stack(parts, dim=-1),
+    "torch.hstack": torch.hstack,
+}
+
+
+@every_pair
+@pytest.mark.parametrize("join", JOINS.values(), ids=JOINS.keys())
+def test_joined_labels_keep_the_mix(first, second, join):
+    parts = [KINDS[first]((4, 3), 0), KINDS[second]((4, 3), 1)]
+    planes_of = [soft_targets(part, K).unbind(1) for part in parts]
+    result = join(parts)
+    expected = torch.stack([join(list(pair)) for pair in zip(*planes_of, strict=True)], dim=1)
+    assert_close(soft_targets(result, K), expected)
+    assert result.tolist() == join([torch.tensor(part.tolist()) for part in parts]).tolist()
+
+
+def test_use_of_joined_labels_is_a_use_of_each():
+    first, second = mixed(), mixed((3,))
+    both = torch.cat([first, integers((2,)), second])
+    F.cross_entropy(logits_for(both[:1]), both[:1])
+    assert first.used
+    assert second.used
+    assert not mixed().used
+
+
+def test_joined_with_floats_or_without_gradients_labels_are_plain():
+    with torch.no_grad():
+        assert type(torch.cat([mixed(), mixed()])) is torch.Tensor
+    assert type(torch.cat([mixed(), torch.rand(2)])) is torch.Tensor
+
+
+# ------------------------------------------------------------------ smoothing of each sample, priors, many mixings
+
+
+@pytest.mark.parametrize("prior", [None, PRIOR], ids=["even", "prior"])
+def test_samples_of_different_smoothing_are_mixed_exactly(prior):
+    plain, epsilon = integers(), torch.tensor([0.0, 0.1, 0.2, 0.5, 1.0, 0.3])
+    spread = torch.full((K,), 1 / K) if prior is None else prior
+    targets = (1 - epsilon.double())[:, None] * one_hot(plain) + epsilon.double()[:, None] * spread
+    labels = mix_labels(smooth_labels(plain, epsilon, prior), *parameters(6))
+    targets = mix_dense(targets, *parameters(6))
+    assert_mixed(labels, targets)
+    labels, targets = smooth_labels(labels, 0.1, prior), 0.9 * targets + 0.1 * spread
+    assert_mixed(labels, targets)
+    assert_mixed(labels[2:].view(2, 2).flatten(), targets[2:])
+    logits = logits_for(plain)
+    assert_close(F.cross_entropy(logits, labels), F.cross_entropy(logits, targets))
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.3)
+    assert_close(F.cross_entropy(logits, labels, label_smoothing=0.3), expected)
+    assert_close(F.nll_loss(F.log_softmax(logits, 1), labels), F.cross_entropy(logits, targets))
+
+
+def test_rows_are_a_matrix_that_the_targets_are_multiplied_with():
+    plain = mixed()
+    targets = soft_targets(plain, K)
+    assert_mixed(smooth_labels(plain, 1.0, ROWS), targets @ ROWS)
+    labels = smooth_labels(plain, 0.3, ROWS)
+    assert_mixed(labels, 0.7 * targets + 0.3 * targets @ ROWS)
+    assert_mixed(mix_labels(labels, *parameters(6, 4)), mix_dense(soft_targets(labels, K), *parameters(6, 4)))
+    logits = logits_for(plain)
+    assert_close(F.cross_entropy(logits, labels), F.cross_entropy(logits, soft_targets(labels, K).double()))
+
+
+def test_smoothing_with_another_prior_is_refused():
+    for before, after in ((None, PRIOR), (PRIOR, None), (PRIOR, PRIOR.flip(0)), (ROWS, ROWS)):
+        labels = smooth_labels(integers(), 0.1, before)
+        with pytest.raises(ValueError, match="prior must be the same .* prior as before.*Smooth once"):
+            smooth_labels(labels, 0.1, after)
+    assert smooth_labels(smooth_labels(integers(), 0.5, PRIOR), 0.5, PRIOR.clone()).smoothing == 0.75
+
+
+@pytest.mark.parametrize("times", [3, 4, 6])
+def test_labels_mixed_many_times_stay_exact_with_few_components(times):
+    labels, targets = smooth_labels(integers((40,)), torch.rand(40)), None
+    targets = soft_targets(labels, K).double()
+    for seed in range(times):
+        labels, targets = mix_labels(labels, *parameters(40, seed)), mix_dense(targets, *parameters(40, seed))
+    assert_mixed(labels, targets)
+    assert len(labels.components) <= 8  # 2 ** times without merging; four mixings leave K = 4, and go on from there
+    logits = logits_for(labels)
+    assert_close(F.cross_entropy(logits, labels), F.cross_entropy(logits, targets))
+    assert labels.tolist() == labels.long().tolist()
+
+
+def test_moved_labels_keep_the_smoothing_of_each():
+    labels = smooth_labels(mixed((2, 2, 3)), torch.rand(2, 2, 3), PRIOR)
+    moved = move_labels(labels, lambda part, fill: part.flip(-1), -100)
+    assert_mixed(moved, soft_targets(labels, K).flip(-1))
+
+
+def test_the_representation_shows_a_smoothing_of_each_and_a_prior():
+    labels = smooth_labels(torch.tensor([2, 0]), torch.tensor([0.5, 0.25]), PRIOR)
+    expected = "MixedLabels([2, 0], components=1, smoothing=[0.5, 0.25], prior=a tensor of shape (4,))"
+    assert repr(labels) == expected
+
+
+@pytest.mark.parametrize("prior", [PRIOR, ROWS], ids=["prior", "rows"])
+def test_copies_and_one_hot_codes_know_the_prior(prior):
+    labels = smooth_labels(mixed(), torch.rand(6), prior)
+    targets = soft_targets(labels, K)
+    for again in (pickle.loads(pickle.dumps(labels)), copy.deepcopy(labels), copy.copy(labels), labels.cpu().int()):
+        assert_mixed(again, targets)
+    assert_close(F.one_hot(labels, K) * 1.0, targets)
+
+
+def test_labels_load_with_weights_only():
+    file = io.BytesIO()
+    torch.save(smooth_labels(mixed(), torch.rand(6), PRIOR), file)
+    file.seek(0)
+    assert type(torch.load(file, weights_only=True)) is MixedLabels
+
+
+@pytest.mark.parametrize("prior", [None, PRIOR, ROWS], ids=["even", "prior", "rows"])
+def test_compiled_the_loss_of_any_labels_breaks_no_graph(prior):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    labels = smooth_labels(mixed((4, 3)), torch.rand(4, 3), prior)
+
+    def step(z, y):
+        both = torch.cat([y, y.flip(0)])
+        return F.cross_entropy(torch.cat([z, z]), both) + F.nll_loss(F.log_softmax(z, 1), y.view(4, 3))
+
+    logits = logits_for(labels)
+    actual = torch.compile(step, backend="aot_eager", fullgraph=True)(logits, labels)
+    expected = step(logits, labels)
+    assert_close(actual, expected, tolerance=1e-12)
+    assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (actual, expected)), tolerance=1e-12)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_dense_targets_are_made_in_a_compiled_graph():
+    torch._dynamo.reset()
+    labels = mixed((4, 3), 0.1)
+    compiled = torch.compile(lambda y: soft_targets(y, K), backend="aot_eager", fullgraph=True)
+    assert_close(compiled(labels), soft_targets(labels, K))
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (5,), (1, 6), ()], ids=str)
+def test_labels_of_another_shape_than_the_logits_are_refused(shape):
+    text = f"F.cross_entropy: labels must be of shape (6,), got {shape}. Give a label for each sample, or"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        F.cross_entropy(torch.zeros(6, K), mixed(shape) if shape else mixed()[0])
 
 
 # ------------------------------------------------------------------ the dominant label

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_tricks.labels import MixedLabels, soft_targets
-from lightning_tricks.losses import LabelSmoothingCrossEntropy
+from lightning_tricks import losses as module
+from lightning_tricks.labels import MixedLabels, mix_labels, smooth_labels, soft_targets
+from lightning_tricks.losses import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 K = 4
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 3.0])
@@ -69,8 +70,10 @@ def test_floating_targets_are_smoothed_as_torch_does(smoothing):
     logits, _ = batch()
     targets = torch.rand(6, K, dtype=torch.float64).softmax(1)
     loss = LabelSmoothingCrossEntropy(smoothing)
-    assert torch.equal(loss(logits, targets), F.cross_entropy(logits, targets, label_smoothing=smoothing))
-    assert torch.equal(loss.eval()(logits, targets), F.cross_entropy(logits, targets))
+    torch.testing.assert_close(
+        loss(logits, targets), F.cross_entropy(logits, targets, label_smoothing=smoothing), rtol=1e-12, atol=0
+    )
+    torch.testing.assert_close(loss.eval()(logits, targets), F.cross_entropy(logits, targets), rtol=1e-12, atol=0)
 
 
 def test_mixed_labels_are_smoothed_in_training_and_only_mixed_in_evaluation():
@@ -156,3 +159,221 @@ def test_the_reduction_must_be_known(value):
     )
     with pytest.raises(ValueError, match=re.escape(text)):
         LabelSmoothingCrossEntropy(reduction=value)
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT.double()], ids=["unweighted", "weighted"])
+@every_shape
+def test_many_logits_are_worked_on_in_parts_and_give_the_same(weight, shape, monkeypatch):
+    logits, labels = batch(shape)
+    labels.view(-1)[0] = -100
+    logits.requires_grad_()
+    loss = LabelSmoothingCrossEntropy(0.1, weight)
+    expected = loss(logits, labels)
+    monkeypatch.setattr(module, "CHUNK", 1)
+    actual = loss(logits, labels)
+    every = module.mixed_cross_entropy(logits, [(labels, torch.ones(shape))], reduction="none")
+    assert "InChunks" in str(every.grad_fn)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(value, logits)[0] for value in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+
+
+# ------------------------------------------------------------------ one normalisation for integers, mixes and dense
+
+
+def kinds_of_one_target(labels, smoothing=0.0):
+    """The same targets as MixedLabels and as dense ones."""
+    other, share = labels.flip(0), torch.linspace(0.25, 1, len(labels)).view(-1, *[1] * (labels.dim() - 1))
+    mixed = MixedLabels(labels, other, share, smoothing)
+    return mixed, soft_targets(mixed, K).double()
+
+
+def test_class_weights_do_not_rescale_the_loss_when_labels_become_dense():
+    """Section 6: torch's class-weighted cross-entropy is 1.389 of integers and 3.472 of the same labels as one-hot."""
+    logits = torch.tensor([[1.0, 0.5, -0.5], [0.0, 2.0, 0.3]], dtype=torch.float64)
+    labels, weight = torch.tensor([2, 0]), torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    dense = F.one_hot(labels, 3).double()
+    expected = F.cross_entropy(logits, labels, weight)
+    assert F.cross_entropy(logits, dense, weight).item() == pytest.approx(expected.item() * 5 / 2)  # torch's own
+    loss = SoftTargetCrossEntropy(weight)
+    for labels_of_a_kind in (labels, dense, MixedLabels(labels), MixedLabels(labels, labels.flip(0), 1.0)):
+        torch.testing.assert_close(loss(logits, labels_of_a_kind), expected)
+
+
+@every_shape
+@pytest.mark.parametrize("weight", [None, WEIGHT.double()], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("ignore_index", [-100, 2])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_mixed_and_dense_targets_have_one_loss(shape, weight, ignore_index, reduction):
+    """pytorch #7455, #69339, #72056, #73205, #91383: weights, smoothing, ignored labels and soft targets together."""
+    logits, labels = batch(shape)
+    mixed, dense = kinds_of_one_target(labels)
+    options = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction}
+    for loss in (SoftTargetCrossEntropy(**options), LabelSmoothingCrossEntropy(0.1, **options)):
+        torch.testing.assert_close(loss(logits, dense), loss(logits, mixed), rtol=1e-6, atol=1e-6)
+        one_hot = F.one_hot(labels, K).movedim(-1, 1).double()
+        torch.testing.assert_close(loss(logits, one_hot), loss(logits, labels), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weight", [None, WEIGHT.double()], ids=["unweighted", "weighted"])
+def test_ignored_places_may_be_dense_too(weight):
+    """pytorch #7455: a place of a map whose targets are all 0 counts no more than one that is ignored."""
+    logits, labels = batch((2, 4, 3))
+    one_hot = F.one_hot(labels, K).movedim(-1, 1).double()
+    one_hot[0, :, :2] = 0
+    labels[0, :2] = -100
+    for loss in (SoftTargetCrossEntropy(weight), LabelSmoothingCrossEntropy(0.1, weight)):
+        torch.testing.assert_close(loss(logits, one_hot), loss(logits, labels), rtol=1e-12, atol=1e-12)
+
+
+def test_labels_that_timm_refuses_are_understood():
+    """Section 6: timm's smoothing loss raises RuntimeError for ignored labels and for (N, C, H, W)."""
+    logits, labels = batch((2, 4, 3))
+    labels[0, 0] = -100
+    actual = LabelSmoothingCrossEntropy(0.1)(logits, labels)
+    assert torch.equal(actual, F.cross_entropy(logits, labels, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("loss", [SoftTargetCrossEntropy(WEIGHT.double()), LabelSmoothingCrossEntropy(0.1)], ids=str)
+def test_losses_have_exact_gradients_of_every_kind_of_label(loss):
+    logits, labels = batch((3, 2))
+    logits.requires_grad_()
+    for target in (labels, *kinds_of_one_target(labels, 0.1)):
+        assert torch.autograd.gradcheck(lambda z, target=target: loss(z, target), (logits,))
+
+
+def test_a_soft_loss_does_not_change_in_evaluation():
+    logits, labels = batch()
+    loss = SoftTargetCrossEntropy()
+    assert torch.equal(loss.eval()(logits, labels), loss.train()(logits, labels))
+    assert repr(loss) == "SoftTargetCrossEntropy(ignore_index=-100, reduction='mean')"
+
+
+def test_the_losses_use_mixed_labels():
+    logits, labels = batch()
+    for loss in (SoftTargetCrossEntropy(), LabelSmoothingCrossEntropy(), BinaryCrossEntropy()):
+        mixed = MixedLabels(labels, labels.flip(0), 0.5)
+        loss(logits.requires_grad_(), mixed)
+        assert mixed.used
+
+
+# ------------------------------------------------------------------ binary
+
+
+def binary_by_loop(logits, targets, weight=None, pos_weight=None):
+    """One number for each class and place."""
+    losses = torch.zeros_like(logits)
+    w, p = (torch.ones(K) if v is None else v.expand(K) for v in (weight, pos_weight))
+    for place in [(n, c, *rest) for n, c, *rest in torch.ones_like(logits).nonzero().tolist()]:
+        q = 1 / (1 + math.exp(-logits[place].item()))
+        t, c = targets[place].item(), place[1]
+        losses[place] = -w[c] * (p[c] * t * math.log(q) + (1 - t) * math.log(1 - q))
+    return losses
+
+
+@every_shape
+@pytest.mark.parametrize("weight", [None, WEIGHT.double()], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("pos_weight", [None, WEIGHT.double().flip(0), torch.tensor(2.0)], ids=["none", "each", "one"])
+@pytest.mark.parametrize("threshold", [None, 0.2])
+def test_a_binary_loss_is_its_formula(shape, weight, pos_weight, threshold):
+    logits, labels = batch(shape)
+    mixed, dense = kinds_of_one_target(labels)
+    one_hot = F.one_hot(labels, K).movedim(-1, 1).double()
+    for given, soft in (
+        (labels, 0.9 * one_hot + 0.1 / K),
+        (mixed, 0.9 * dense + 0.1 / K),
+        (dense, 0.9 * dense + 0.05),
+    ):
+        targets = soft if threshold is None else (soft > threshold).double()
+        expected = binary_by_loop(logits, targets, weight, pos_weight)
+        options = {"weight": weight, "pos_weight": pos_weight, "target_threshold": threshold}
+        for sum_classes in (False, True):
+            values = expected.sum(1) if sum_classes else expected
+            for reduction, wanted in (("mean", values.mean()), ("sum", values.sum()), ("none", values)):
+                loss = BinaryCrossEntropy(0.1, **options, sum_classes=sum_classes, reduction=reduction)
+                torch.testing.assert_close(loss(logits, given), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_binary_loss_smooths_in_training_only():
+    logits, labels = batch()
+    one_hot = F.one_hot(labels, K).double()
+    expected = F.binary_cross_entropy_with_logits(logits, one_hot)
+    loss = BinaryCrossEntropy(0.3).eval()
+    torch.testing.assert_close(loss(logits, labels), expected)
+    torch.testing.assert_close(loss(logits, one_hot), expected)
+    assert loss.train()(logits, labels) != expected
+
+
+def test_a_binary_loss_of_a_thresholded_mix_has_both_labels_whole():
+    """arXiv:2110.00476: what of a mix has more than the threshold is there."""
+    logits, _ = batch((1,))
+    labels = MixedLabels(torch.tensor([0]), torch.tensor([2]), 0.7)
+    expected = F.binary_cross_entropy_with_logits(logits, torch.tensor([[1.0, 0, 1, 0]], dtype=torch.float64))
+    torch.testing.assert_close(BinaryCrossEntropy(0.1, target_threshold=0.2)(logits, labels), expected)
+
+
+def test_a_binary_loss_smooths_mixed_labels_with_their_own_prior():
+    logits, labels = batch()
+    prior = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    smoothed = smooth_labels(labels, 0.5, prior)
+    expected = F.binary_cross_entropy_with_logits(logits, soft_targets(smooth_labels(smoothed, 0.1, prior), K).double())
+    torch.testing.assert_close(BinaryCrossEntropy(0.1)(logits, smoothed), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_binary_loss_has_an_exact_gradient_and_needs_no_batch():
+    logits, labels = batch((3, 2))
+    logits.requires_grad_()
+    loss = BinaryCrossEntropy(0.1, weight=WEIGHT.double())
+    for target in (labels, *kinds_of_one_target(labels)):
+        assert torch.autograd.gradcheck(lambda z, target=target: loss(z, target), (logits,))
+    single = loss(logits[0, :, 0], labels[0, 0])
+    torch.testing.assert_close(single, loss(logits[:1, :, 0], labels[:1, 0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_binary_loss_has_the_dtype_of_torchs(dtype):
+    logits, labels = batch()
+    logits = logits.to(dtype)
+    expected = F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, K).to(dtype))
+    actual = BinaryCrossEntropy(0.0)(logits, labels)
+    assert actual.dtype == expected.dtype
+
+
+def test_mixed_labels_of_several_transforms_have_a_binary_loss():
+    logits, labels = batch()
+    weight, permutation = torch.rand(6), torch.randperm(6)
+    mixed = smooth_labels(mix_labels(mix_labels(labels, weight, permutation), weight, permutation.flip(0)), 0.1)
+    targets = soft_targets(mixed, K).double()
+    expected = F.binary_cross_entropy_with_logits(logits, targets)
+    torch.testing.assert_close(BinaryCrossEntropy(0.0)(logits, mixed), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"smoothing": 1.5}, ValueError, "smoothing must be in [0, 1], got 1.5."),
+        ({"target_threshold": 1.0}, ValueError, "target_threshold must be in [0, 1), got 1.0. 0.2 is the paper's"),
+        ({"weight": [1.0]}, TypeError, "weight must be a floating tensor of shape (K,) or None, got [1.0]."),
+        ({"pos_weight": 2.0}, TypeError, "pos_weight must be a floating tensor of shape (K,) or () or None, got 2.0."),
+        ({"sum_classes": 1}, TypeError, "sum_classes must be True or False, got 1."),
+        ({"reduction": "average"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'average'."),
+    ],
+    ids=str,
+)
+def test_arguments_of_a_binary_loss_are_checked(options, error, text):
+    with pytest.raises(error, match=re.escape(f"BinaryCrossEntropy: {text}")):
+        BinaryCrossEntropy(**options)
+
+
+def test_binary_targets_of_another_shape_are_refused():
+    text = "BinaryCrossEntropy: targets must be of shape (6, 4), got (6, 3). Give a number for each class, or integer"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        BinaryCrossEntropy()(torch.zeros(6, K), torch.rand(6, 3))
+
+
+@pytest.mark.parametrize("make", [SoftTargetCrossEntropy, BinaryCrossEntropy], ids=lambda make: make.__name__)
+def test_further_losses_are_copied_with_their_weight(make):
+    logits, labels = batch()
+    loss = make(weight=WEIGHT.double())
+    assert torch.equal(pickle.loads(pickle.dumps(loss))(logits, labels), loss(logits, labels))
+    assert list(loss.state_dict()) == ["weight"]

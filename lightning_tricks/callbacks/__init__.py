@@ -1,5 +1,6 @@
 """The shell: callbacks that only say when."""
 
+from lightning_tricks.callbacks.activation_monitor import ActivationMonitor
 from lightning_tricks.callbacks.batch_transforms import BatchTransforms
 from lightning_tricks.callbacks.early_stopping import EarlyStopping
 from lightning_tricks.callbacks.ema import EMA
@@ -12,6 +13,7 @@ from lightning_tricks.callbacks.update_monitor import UpdateMonitor
 
 __all__ = [
     "EMA",
+    "ActivationMonitor",
     "BatchTransforms",
     "EarlyStopping",
     "KeepBest",

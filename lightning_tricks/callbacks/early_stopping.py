@@ -17,7 +17,7 @@ from lightning_tricks.callbacks.weights import named_weights
 from lightning_tricks.functional.checks import message
 from lightning_tricks.functional.slots import weight_slots
 from lightning_tricks.functional.stopping import Patience, PatienceState
-from lightning_tricks.loggers import log_settings
+from lightning_tricks.loggers import log_scalars, log_settings
 
 
 class EarlyStopping(pl.callbacks.EarlyStopping):
@@ -263,6 +263,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
             self.stopping_reason = EarlyStoppingReason[stop.kind]
             self.stopping_reason_message = f"{self.monitor}: {stop.reason}"
             self._say(trainer, self.stopping_reason_message)
+            log_scalars(trainer, {"event/early_stopping": 1.0})
 
     def _say(self, trainer: pl.Trainer, text: str) -> None:
         if self.verbose:

@@ -1,19 +1,25 @@
 """How large the gradients, the weights and the true updates are, measured on logged steps only."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from lightning_tricks.callbacks.gradient_noise import GradientNoise
+from lightning_tricks.callbacks.layer_names import Layers, check_layers, layer_of, refuse_total
 from lightning_tricks.callbacks.shards import hold_parts
-from lightning_tricks.callbacks.steps import after_real_steps, refuse_sharded, refuse_twins
+from lightning_tricks.callbacks.step_sums import SUMS, Measure, layer_values, told
+from lightning_tricks.callbacks.step_watch import StepWatch
+from lightning_tricks.callbacks.steps import refuse_sharded, refuse_twins, state_without_module
+from lightning_tricks.callbacks.update_band import as_band
 from lightning_tricks.functional.checks import check_count, message
-from lightning_tricks.functional.norms import group_norms, tensor_norms, update_norms
-from lightning_tricks.loggers import log_scalars, log_settings
+from lightning_tricks.loggers import alert, log_scalars, log_settings
+
+KEY = "update_monitor"
+"""Where a checkpoint has the running means and the counts."""
 
 
 class UpdateMonitor(Callback):
@@ -25,8 +31,16 @@ class UpdateMonitor(Callback):
     The update is what the optimizer truly did, whatever its kind: weight decay, momentum and clipping included. A ratio
     of about 1e-3 is healthy as a rule. The gradients are those the step starts from: accumulated, unscaled, averaged
     over ranks, before Lightning clips them (a module that optimizes by hand may have clipped them itself). Keys are
-    `grad_norm/total`, `weight_norm/total`, `update_ratio/total` and the same with the name of each module that has
-    parameters of its own (`update_ratio/encoder.0`). A module of zeros that moves has a ratio of inf.
+    `grad_norm/total`, `weight_norm/total`, `update_ratio/total` and the same with the name of each layer
+    (`update_ratio/encoder.0`). A layer of zeros that moves has a ratio of inf. On request:
+
+    - `grad_norm_clipped` after clipping, `update_norm`;
+    - `grad_zeros`: share of entries that are exactly 0, all where there is no gradient; `grad_nonfinite`: their count;
+    - `update_cosine` between this update and that of the step before, for which that is measured too; an optimizer that
+      was not called in the batch before has none;
+    - `noise_scale/total` (samples), from the gradient of one batch on one rank beside that of the step, as means over
+      logged steps with a decay of 0.9. That needs accumulation or ranks (DDP) and a loader with a `batch_size`, and is
+      not logged while the estimate of the true gradient's square is not above 0.
 
     Only every n-th step is measured, with one transfer to the host and one row in each logger, on the step of
     Lightning's own rows; the others cost nothing. A logged step that a GradScaler skipped has no row. Of several
@@ -37,89 +51,138 @@ class UpdateMonitor(Callback):
     Args:
         every_n_steps: how often, at least 1; counted as Lightning counts `log_every_n_steps`: optimizer steps, or
             batches where the module optimizes by hand.
+        measures: what is logged, of the names above.
+        layers: `"module"`, each module with parameters of its own; `"tensor"`, each parameter; a number, so many parts
+            of a module's name (0: the total alone); or regular expressions, matched from the beginning of a parameter's
+            name: what matched is the layer, and what none matches is in the total alone.
+        band: (lowest, highest) update ratio of a layer that is well, as `(1e-4, 1e-2)`; layers outside are named once,
+            in a warning and an alert of Weights & Biases, with `event/update_band` in the row. None names none: rates
+            that warm up or decay to 0 leave every band.
+        patience: logs in a row that a layer must be outside.
+        max_extra_memory: bytes on each rank for the copies of weights from before a step; None is as many as the
+            measured parameters take (half precision: as in float32), twice that with `update_cosine`. With less, the
+            updates of some layers are measured in one logged step and those of others in the next, in turn; in no step
+            are all of them known, so the measures of updates have no total then.
     Raises:
-        TypeError, ValueError: an argument out of range, another UpdateMonitor in the Trainer, FSDP1 or DeepSpeed, or
-            a module called `total`.
+        TypeError, ValueError: an argument out of range, another UpdateMonitor in the Trainer, FSDP1 or DeepSpeed, a
+            layer called `total`, a layer larger than `max_extra_memory`, or nothing to take the noise scale from.
     References:
-        Karpathy, "CS231n: Learning and Evaluation", 2015, the ratio of updates to weights.
+        Karpathy, "CS231n: Learning and Evaluation", 2015, the ratio of updates to weights; McCandlish et al., "An
+            Empirical Model of Large-Batch Training", 2018, arXiv:1812.06162, appendix A.1, the noise scale.
     Example:
         >>> from lightning_tricks import UpdateMonitor
-        >>> UpdateMonitor(every_n_steps=10).every_n_steps
+        >>> UpdateMonitor(every_n_steps=10, layers=1, band=(1e-4, 1e-2)).every_n_steps
         10
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        measures: Sequence[Measure] = ("grad_norm", "weight_norm", "update_ratio"),
+        layers: Layers = "module",
+        band: tuple[float, float] | None = None,
+        patience: int = 3,
+        max_extra_memory: int | None = None,
+    ) -> None:
         check_count("UpdateMonitor", "every_n_steps", every_n_steps, 1, "optimizer steps", "50 is the default")
-        self.every_n_steps = every_n_steps
+        _check_measures(measures, band, max_extra_memory)
+        check_layers("UpdateMonitor", layers)
+        self._band = as_band(band, patience)
+        if max_extra_memory is not None:
+            check_count("UpdateMonitor", "max_extra_memory", max_extra_memory, 1, "bytes", "None sets no limit")
+        self.every_n_steps, self.measures, self.layers = every_n_steps, tuple(measures), layers
+        self.band, self.patience, self.max_extra_memory = band, patience, max_extra_memory
         self.last: dict[str, float] = {}
-        self._manual = False
-        self._due: set[int] = set()  # optimizers whose next real step is measured, by id
-        self._names: dict[int, str] = {}
-        self._parameters: dict[int, list[Tensor]] = {}
-        self._weights: dict[int, list[Tensor]] = {}
-        self._gradients: dict[int, Tensor] = {}
-        self._fallback: dict[int, Tensor] = {}
-        self._norms: list[tuple[list[str], tuple[Tensor, Tensor, Tensor]]] = []
-        self._handles: list[RemovableHandle] = []
+        self._outside: dict[str, int] = {}  # logs in a row, by layer
+        self._noise = GradientNoise()
+        self._on = self._manual = False
+        self._watch = self._new_watch()
+
+    def _new_watch(self) -> StepWatch:
+        wanted = {name for measure in self.measures for name in SUMS[measure]}
+        return StepWatch("UpdateMonitor", self.layers, wanted, self.max_extra_memory)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the run's configuration shows."""
-        return {"every_n_steps": self.every_n_steps}
+        layers = self.layers if isinstance(self.layers, (str, int)) else list(self.layers)
+        settings = {"every_n_steps": self.every_n_steps, "measures": list(self.measures), "layers": layers}
+        if self.band is not None:
+            settings |= {"band": list(self.band), "patience": self.patience}
+        if self.max_extra_memory is not None:
+            settings["max_extra_memory"] = self.max_extra_memory
+        return settings
 
     # ------------------------------------------------------------------ when
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot be measured, and a second owner of the keys."""
+        """Refuse what cannot be measured, and a second owner of the keys; a new run counts anew."""
         refuse_twins(self, trainer, "the keys grad_norm, weight_norm and update_ratio")
         refuse_sharded("UpdateMonitor", trainer, dtensors=True)
+        if stage == "fit" and trainer.global_step == 0:
+            self._outside, self._noise = {}, GradientNoise()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Watch the optimizers, if there is a logger to tell."""
+        """See what there is to measure, if there is a logger to tell."""
         log_settings(self, trainer)
         if not trainer.loggers or trainer.log_every_n_steps == 0:
             return
-        if "total" in {_group(name) for name, _ in pl_module.named_parameters()}:
-            fix = "Its keys would be those of the total; rename it"
-            raise ValueError(message("UpdateMonitor", "modules", "none called 'total'", "total", fix))
-        self._manual = not pl_module.automatic_optimization
-        self._handles = after_real_steps("UpdateMonitor", trainer.optimizers, self._after_step)
-        self._handles += [optimizer.register_step_pre_hook(self._before_step) for optimizer in trainer.optimizers]
+        hold_parts(pl_module)
+        refuse_total("UpdateMonitor", [layer_of(name, self.layers) for name, _ in pl_module.named_parameters()])
+        self._watch.turn_of(pl_module, 0)
+        if "noise_scale" in self.measures:
+            self._noise.begin(trainer, pl_module)
+        self._watch.scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._on, self._manual = True, not pl_module.automatic_optimization
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Decide whether the coming step is a logged one."""
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
-        if self._handles and step % self.every_n_steps == 0:
-            self._due = {id(optimizer) for optimizer in trainer.optimizers}
-        if self._due:
-            hold_parts(pl_module)
-            self._names = {id(parameter): _group(name) for name, parameter in pl_module.named_parameters()}
+        """Decide whether the coming step is a logged one, or the one before it."""
+        if not self._on:
+            return
+        step, watch = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, self._watch
+        if step % self.every_n_steps == 0:
+            watch.due = {id(optimizer) for optimizer in trainer.optimizers}
+        if "update_cosine" in self.measures and (step + 1) % self.every_n_steps == 0:
+            watch.leading = {id(optimizer) for optimizer in trainer.optimizers}
+        if not (watch.due or watch.leading):
+            return
+        hold_parts(pl_module)
+        watch.begin_batch(pl_module, trainer.optimizers, step // self.every_n_steps)
+        if watch.due and "noise_scale" in self.measures:
+            self._noise.watch(watch.parameters(trainer.optimizers[0]))
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The gradients of one batch on one rank have been seen."""
+        if self._watch.due and "noise_scale" in self.measures:
+            self._noise.end_batch(self._watch.loss_scale(pl_module.device))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Measure the gradients while they are fresh, unscaled and unclipped."""
-        key = id(optimizer)
-        if key not in self._due or (key in self._weights and key in self._gradients):
-            return  # not asked for, or a further closure of the same step
-        scale = 1.0
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
-            scale = scaler.get_scale()  # a fused optimizer unscales inside its step
-        self._gradients[key] = self._gradient_norms(optimizer) / scale
+        """Measure the gradients while they are fresh and unclipped."""
+        self._watch.see_gradients(optimizer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move what was measured to the host at once, and log it in one row."""
-        if self._norms:
-            self.last = self._summary()
-            log_scalars(trainer, self.last)
-        if not self._manual and not trainer.fit_loop._should_accumulate():
-            self._due = set()  # a step that was skipped has no row; a module that steps by hand may do so later
-        self._forget()
+        watch = self._watch
+        if not watch:
+            return
+        if watch.measured:
+            self.last = self._summary(trainer)
+            log_scalars(trainer, {**self.last, **self._tell_of_outsiders(trainer)})
+        watch.end_batch()
+        if trainer.fit_loop._should_accumulate():
+            return
+        self._noise.forget()
+        watch.leading = set()
+        if not self._manual:
+            watch.due = set()  # a step that was skipped has no row; a module that steps by hand may do so later
+        if not watch.due:
+            watch.unhook()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop watching."""
@@ -134,72 +197,69 @@ class UpdateMonitor(Callback):
         self._detach()
 
     def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._due = [], set()
-        self._forget()
+        self._watch.unhook()
+        self._noise.forget()
+        self._on, self._watch = False, self._new_watch()
 
-    def _forget(self) -> None:
-        self._names, self._parameters, self._weights, self._norms = {}, {}, {}, []
-        self._gradients, self._fallback = {}, {}
+    # ------------------------------------------------------------------ saved
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save in the checkpoint's own keys: Lightning refuses two callbacks of one class before they can say why."""
+        means = {"signal": self._noise.signal, "noise": self._noise.noise}
+        checkpoint[KEY] = {"outside": dict(self._outside), **means}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the counts and the means of a checkpoint, if it has any."""
+        if trainer.state.fn == TrainerFn.FITTING and KEY in checkpoint:
+            self._outside = dict(checkpoint[KEY]["outside"])
+            self._noise = GradientNoise(checkpoint[KEY]["signal"], checkpoint[KEY]["noise"])
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"every_n_steps": self.every_n_steps, "last": self.last}
-        return {**type(self)(self.every_n_steps).__dict__, **kept}
+        noise = GradientNoise(self._noise.signal, self._noise.noise)
+        return state_without_module(self, _on=False, _watch=self._new_watch(), _noise=noise)
 
     # ------------------------------------------------------------------ what
 
-    def _measured(self, optimizer: Optimizer) -> list[Tensor]:
-        """The parameters that are measured in this step, each with one optimizer only."""
-        if id(optimizer) not in self._parameters:
-            taken = {id(p) for parameters in self._parameters.values() for p in parameters}
-            every = [p for group in optimizer.param_groups for p in group["params"]]
-            named = [p for p in every if p.requires_grad and p.numel() > 0 and id(p) in self._names]
-            self._parameters[id(optimizer)] = [p for p in named if id(p) not in taken]
-        return self._parameters[id(optimizer)]
+    def _summary(self, trainer: pl.Trainer) -> dict[str, float]:
+        small = self._noise.over_ranks(trainer)
+        numbers = iter(told([*(sums for step in self._watch.measured for sums in step.sums.values()), *small]))
+        each = []
+        for step in self._watch.measured:
+            rows = step.of_each({name: next(numbers) for name in step.sums})
+            each += list(zip(step.layers, rows, strict=True))
+        result = layer_values(each, self.measures)
+        if small:
+            result |= self._noise.scale(next(numbers)[0], sum(row["gradient"] for _, row in each))
+        return result
 
-    @torch.no_grad()
-    def _gradient_norms(self, optimizer: Optimizer) -> Tensor:
-        return tensor_norms([p.new_zeros(1) if p.grad is None else p.grad for p in self._measured(optimizer)])
-
-    def _before_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        key = id(optimizer)
-        if key in self._due and key not in self._weights:
-            if self._manual:
-                # Of an optimizer of the user's own, past Lightning's hook; where that comes it measures anew.
-                self._fallback[key] = self._gradient_norms(optimizer)
-            self._weights[key] = [p.detach().clone() for p in self._measured(optimizer)]
-
-    def _after_step(self, optimizer: Optimizer) -> None:
-        key = id(optimizer)
-        before = self._weights.get(key)
-        if key not in self._due or not before:
-            return
-        self._due.discard(key)  # of several steps in one batch the first is measured
-        measured = self._measured(optimizer)
-        updates = update_norms(before, [p.detach() for p in measured])
-        names = [self._names[id(p)] for p in measured]
-        gradients = self._gradients[key] if key in self._gradients else self._fallback[key]
-        self._norms.append((names, (gradients, tensor_norms(before), updates)))
-
-    def _summary(self) -> dict[str, float]:
-        names = [name for group, _ in self._norms for name in group]
-        groups = list(dict.fromkeys(names))
-        index = [groups.index(name) for name in names]
-        gradients, weights, updates = (
-            group_norms(torch.cat([norms[i] for _, norms in self._norms]), index, len(groups)) for i in range(3)
-        )
-        ratios = torch.where(updates == 0, updates, updates / weights)
-        rows = torch.stack([gradients, weights, ratios]).tolist()
-        keys = ("grad_norm", "weight_norm", "update_ratio")
-        return {
-            f"{key}/{name}": x
-            for key, row in zip(keys, rows, strict=True)
-            for name, x in zip([*groups, "total"], row, strict=True)
-        }
+    def _tell_of_outsiders(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Name the layers that have left the band, each once."""
+        if self._band is None:
+            return {}
+        prefix = "update_ratio/"
+        ratios = {key.removeprefix(prefix): x for key, x in self.last.items() if key.startswith(prefix)}
+        total = ratios.pop("total", 0.0)
+        self._outside, news = self._band(self._outside, ratios or {"the model": total})
+        if not news:
+            return {}
+        alert(trainer, "Layers outside the update band", self._band.sentence(news))
+        return {"event/update_band": 1.0}
 
 
-def _group(name: str) -> str:
-    """The module that owns a parameter; the parameter itself where that is the root."""
-    name = name.replace("_orig_mod.", "")  # of a compiled submodule
-    return name.rpartition(".")[0] or name
+def _check_measures(measures: Any, band: Any, limit: Any) -> None:
+    known, condition = get_args(Measure), f"names out of {', '.join(get_args(Measure))}"
+    fix = "('grad_norm', 'weight_norm', 'update_ratio') is the default"
+    if isinstance(measures, str) or not isinstance(measures, Sequence):
+        raise TypeError(message("UpdateMonitor", "measures", condition, measures, fix))
+    if not measures or len(set(measures)) < len(measures) or not set(measures) <= set(known):
+        raise ValueError(message("UpdateMonitor", "measures", f"different {condition}", measures, fix))
+    if band is not None and "update_ratio" not in measures:
+        fix = "Add 'update_ratio', which the band is of"
+        raise ValueError(message("UpdateMonitor", "band", "None without that measure", band, fix))
+    if limit is not None and "update_cosine" in measures:
+        fix = "It compares the updates of two steps in a row, and so needs all of both; leave one of them out"
+        raise ValueError(message("UpdateMonitor", "max_extra_memory", "None beside 'update_cosine'", limit, fix))

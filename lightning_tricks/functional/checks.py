@@ -1,9 +1,11 @@
 """The one form of error message, and the checks of plain numbers that every constructor needs."""
 
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 LARGEST = sys.float_info.max
@@ -94,3 +96,89 @@ def check_images(owner: str, images: Tensor) -> None:
     if images.dim() != 4:
         fix = "Add the missing dimension, or leave this transform out"
         raise ValueError(message(owner, "images", "of shape (N, C, H, W)", tuple(images.shape), fix))
+
+
+def check_numbers(
+    owner: str,
+    name: str,
+    value: Any,
+    count: int | None,
+    condition: str,
+    fix: str,
+    ok: Callable[[Sequence[float]], bool] = lambda numbers: True,
+) -> None:
+    """Raise unless the value is a tuple or list of finite numbers that satisfy their condition.
+
+    Args:
+        owner, name, condition, fix: as in `message`.
+        value: what came.
+        count: how many there must be; None takes any but none at all.
+        ok: whether the condition holds; only asked of finite numbers.
+    Raises:
+        TypeError: another thing, or another number of numbers.
+        ValueError: they are not finite, or `ok` says no.
+    Example:
+        >>> check_numbers("Normalize", "mean", (0.5, 0.4), None, "one number for each channel", "Give one for each")
+    """
+    numbers = isinstance(value, (tuple, list)) and len(value) > 0 and count in (None, len(value))
+    if not numbers or any(isinstance(number, bool) or not isinstance(number, (int, float)) for number in value):
+        raise TypeError(message(owner, name, condition, value, fix))
+    if not (all(-LARGEST <= number <= LARGEST for number in value) and ok(value)):
+        raise ValueError(message(owner, name, condition, value, fix))
+
+
+def holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether a tensor of a dtype can hold a value as it is.
+
+    Args:
+        dtype: dtype of the tensor.
+        value: any number; floating tensors hold it rounded.
+    Returns:
+        False for a number out of range, and for a fraction in integers or booleans.
+    Example:
+        >>> import torch
+        >>> holds(torch.uint8, -100), holds(torch.int64, -100), holds(torch.float32, 0.5)
+        (False, True, True)
+    """
+    if dtype.is_floating_point or dtype.is_complex:
+        return not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
+    low, high = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return float(value).is_integer() and low <= value <= high
+
+
+def check_channels(owner: str, images: Tensor, channels: int) -> None:
+    """Raise unless these are images of so many channels, or of none: those stand for labels.
+
+    Args:
+        owner: class or function named in the error.
+        images: what came.
+        channels: channels that they must have.
+    Raises:
+        ValueError: another number of dimensions or channels.
+    Example:
+        >>> import torch
+        >>> check_channels("Normalize", torch.zeros(2, 3, 8, 8), 3)
+    """
+    check_images(owner, images)
+    if images.shape[1] not in (0, channels):
+        fix = "Leave it out for images of other colours, or give it what belongs to theirs"
+        raise ValueError(message(owner, "images", f"of {channels} channels (N, C, H, W)", tuple(images.shape), fix))
+
+
+def check_strength(
+    owner: str, strength: Any, condition: str = "above 0", ok: Callable[[float], bool] = lambda value: True
+) -> None:
+    """Raise unless the value is what a transform may be scaled by.
+
+    Args:
+        owner: class named in the error.
+        strength: what came.
+        condition: what it must be.
+        ok: whether the rest of the condition holds; only asked of a number above 0.
+    Raises:
+        TypeError, ValueError: it is no number above 0, or `ok` says no.
+    Example:
+        >>> check_strength("Mixup", 0.5)
+    """
+    fix = f"Leave {owner} out at 0, and let 1 be the transform as it is"
+    check_number(owner, "strength", strength, condition, fix, lambda value: value > 0 and ok(value))

@@ -1,12 +1,15 @@
-"""Norms and update ratios of lists of tensors, without a transfer to the host."""
+"""Sums over the entries of each tensor of a list: norms, counts, inner products. The tensors may be in parts."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
+
+_PIECE = 2**16
+"""Entries of which float32 adds up the squares with an error below 1e-4 where all are equal, else of about 1e-7."""
 
 
 @torch.no_grad()
@@ -15,10 +18,12 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
 
         norms[i] = sqrt(sum(|tensors[i]| ** 2))
 
+    Squares are added up in float64; on a CPU, where that takes ten times as long, in float32 over pieces of 65536
+    entries and in float64 over the pieces, with another factor where squares would underflow or overflow.
+
     Args:
-        tensors: floating or complex tensors of any shapes, dense or sparse. Squares are summed in float32, of
-            float64 in float64: entries of float32 beyond 1e-19 or 1e19 count as 0 or give inf. DTensors must be the
-            same ones, in the same order, on all ranks.
+        tensors: floating or complex tensors of any shapes, dense or sparse. DTensors must be the same ones, in the
+            same order, on all ranks.
     Returns:
         (len(tensors),) float64 on the first one's device; nothing is transferred to the host. Of DTensors the norms of
         the whole tensors, on every rank: no tensor is gathered, the ranks add up the squares of all tensors at once.
@@ -26,18 +31,127 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
         >>> tensor_norms([torch.tensor([3.0, 4.0]), torch.zeros(2)])
         tensor([5., 0.], dtype=torch.float64)
     """
-    parts = {i: _resolved(t) for i, t in enumerate(tensors) if isinstance(t, DTensor)}
-    local = [parts[i].to_local() if i in parts else t for i, t in enumerate(tensors)] if parts else tensors
-    dense = [t.coalesce().values() if t.is_sparse else t for t in local]
-    real = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in dense]
-    norms: list[Tensor] = [torch.empty(())] * len(real)
-    for dtype in {t.dtype for t in real}:
-        chosen = [i for i, t in enumerate(real) if t.dtype == dtype]
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        for i, norm in zip(chosen, torch._foreach_norm([real[i] for i in chosen], 2, dtype=wide), strict=True):
-            norms[i] = norm.double().to(real[0].device)
-    result = torch.stack(norms) if norms else torch.zeros(0, dtype=torch.float64)
-    return _over_ranks(result, parts) if parts else result
+    local, parts = _local(tensors)
+    real = [_real(tensor) for tensor in local]
+    kinds = {(tensor.device, tensor.dtype) for tensor in real}
+    if not kinds:
+        return torch.zeros(0, dtype=torch.float64)
+    if len(kinds) == 1:
+        result = _norms(real)
+    else:
+        norms: dict[int, Tensor] = {}
+        for kind in kinds:
+            chosen = [i for i, tensor in enumerate(real) if (tensor.device, tensor.dtype) == kind]
+            norms |= zip(chosen, _norms([real[i] for i in chosen]).to(real[0].device), strict=True)
+        result = torch.stack([norms[i] for i in range(len(real))])
+    return _over_ranks(result.square(), parts).sqrt() if parts else result
+
+
+def _norms(tensors: list[Tensor]) -> Tensor:
+    """Norms of tensors of one device and dtype."""
+    if not tensors[0].is_cpu or tensors[0].dtype == torch.float64:
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
+    norms = _norms_in_pieces(tensors)
+    # Squares of less than 1e-38 are lost in float32: not more of a norm of 1e-10 than of its rounding.
+    least, greatest = torch.aminmax(norms)
+    if not (least >= 1e-10 and greatest < torch.inf):
+        for (i,) in torch.nonzero((norms < 1e-10) | norms.isinf()):
+            factor = 2.0**96 if norms[i] < 1 else 2.0**-96
+            norms[i] = _norms_in_pieces([tensors[int(i)].float() * factor])[0] / factor
+    return norms
+
+
+def _norms_in_pieces(tensors: list[Tensor]) -> Tensor:
+    pieces = [_pieces(tensor) for tensor in tensors]
+    flat = [piece for group in pieces for piece in group]
+    norms = torch.stack(torch._foreach_norm(flat, 2, dtype=torch.float32)).double()
+    if len(flat) == len(tensors):
+        return norms
+    owners = torch.repeat_interleave(torch.tensor([len(group) for group in pieces]))
+    return torch.zeros(len(tensors), dtype=torch.float64).index_add_(0, owners, norms.square()).sqrt_()
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    if tensor.numel() <= _PIECE:
+        return (tensor,)
+    as_stored = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return torch.split(tensor.permute(as_stored).reshape(-1), _PIECE)  # a copy only of what has gaps
+
+
+@torch.no_grad()
+def zero_counts(tensors: Sequence[Tensor]) -> Tensor:
+    """How many entries of each tensor are exactly 0; those that a sparse tensor does not store among them.
+
+    Args:
+        tensors: as for `tensor_norms`.
+    Returns:
+        (len(tensors),) float64, as of `tensor_norms`.
+    Example:
+        >>> zero_counts([torch.tensor([0.0, 2.0, -0.0]), torch.ones(2)])
+        tensor([2., 0.], dtype=torch.float64)
+    """
+    return _counts(tensors, lambda tensor, values: tensor.numel() - values.count_nonzero())
+
+
+@torch.no_grad()
+def nonfinite_counts(tensors: Sequence[Tensor]) -> Tensor:
+    """How many entries of each tensor are infinite or NaN.
+
+    Args:
+        tensors: as for `tensor_norms`.
+    Returns:
+        (len(tensors),) float64, as of `tensor_norms`.
+    Example:
+        >>> nonfinite_counts([torch.tensor([0.0, torch.inf, torch.nan]), torch.ones(2)])
+        tensor([2., 0.], dtype=torch.float64)
+    """
+    return _counts(tensors, lambda tensor, values: values.numel() - values.isfinite().count_nonzero())
+
+
+def _counts(tensors: Sequence[Tensor], count: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    local, parts = _local(tensors)
+    return _stacked([count(tensor, _values(tensor)).double() for tensor in local], parts)
+
+
+@torch.no_grad()
+def inner_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Inner product of each two tensors, added up in float64.
+
+        products[i] = sum(left[i] * right[i])
+
+    Args:
+        left, right: as many dense tensors of the same shapes each, DTensors of the same placements; of complex ones
+            real and imaginary parts count as entries of their own.
+    Returns:
+        (len(left),) float64, as of `tensor_norms`.
+    Example:
+        >>> inner_products([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, -1.0])])
+        tensor([1.], dtype=torch.float64)
+    """
+    ours, parts = _local(left)
+    pairs = zip(ours, _local(right)[0], strict=True)
+    return _stacked([(_real(one).double() * _real(other).double()).sum() for one, other in pairs], parts)
+
+
+def _values(tensor: Tensor) -> Tensor:
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def _real(tensor: Tensor) -> Tensor:
+    values = _values(tensor)
+    return torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+
+
+def _stacked(sums: Sequence[Tensor], parts: dict[int, DTensor]) -> Tensor:
+    """Sums of each rank's parts as those of whole tensors, on the first one's device."""
+    result = torch.stack([each.to(sums[0].device) for each in sums]) if sums else torch.zeros(0, dtype=torch.float64)
+    return _over_ranks(result, parts)
+
+
+def _local(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[int, DTensor]]:
+    """This rank's part of each tensor, and which of them are parts."""
+    parts = {i: _resolved(tensor) for i, tensor in enumerate(tensors) if isinstance(tensor, DTensor)}
+    return [parts[i].to_local() if i in parts else tensor for i, tensor in enumerate(tensors)], parts
 
 
 def _resolved(tensor: DTensor) -> DTensor:
@@ -48,19 +162,18 @@ def _resolved(tensor: DTensor) -> DTensor:
     return tensor.redistribute(placements=done)
 
 
-def _over_ranks(norms: Tensor, parts: dict[int, DTensor]) -> Tensor:
-    """Norms of whole tensors from those of each rank's part; along a dimension of replicas there is nothing to add."""
+def _over_ranks(sums: Tensor, parts: dict[int, DTensor]) -> Tensor:
+    """Sums over whole tensors from those of each rank's part; along a dimension of replicas there is nothing to add."""
     split: dict[tuple[DeviceMesh, int], list[int]] = {}
     for i, tensor in parts.items():
         for dim, placement in enumerate(tensor.placements):
             if not placement.is_replicate():
                 split.setdefault((tensor.device_mesh, dim), []).append(i)
-    squares = norms.square()
     for (mesh, dim), index in split.items():
-        sums = squares[index].to(mesh.device_type)  # parts that are offloaded are on another device than the ranks' own
-        dist.all_reduce(sums, group=mesh.get_group(dim))
-        squares[index] = sums.to(squares.device)
-    return squares.sqrt()
+        own = sums[index].to(mesh.device_type)  # parts that are offloaded are on another device than the ranks' own
+        dist.all_reduce(own, group=mesh.get_group(dim))
+        sums[index] = own.to(sums.device)
+    return sums
 
 
 def group_norms(norms: Tensor, groups: Sequence[int], count: int) -> Tensor:

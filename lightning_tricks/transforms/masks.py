@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from typing import TypeGuard
 
-import torch
 from torch import Tensor
 
-from lightning_tricks.functional.checks import message
+from lightning_tricks.functional.checks import holds, message
 from lightning_tricks.labels import move_labels
 
 
@@ -19,6 +18,7 @@ def is_mask(labels: Tensor | None, images: Tensor) -> TypeGuard[Tensor]:
     Returns:
         True for masks.
     Example:
+        >>> import torch
         >>> images = torch.zeros(2, 3, 8, 8)
         >>> is_mask(torch.zeros(2, 8, 8), images), is_mask(torch.zeros(2), images)
         (True, False)
@@ -30,26 +30,54 @@ def move_mask(labels: Tensor, move: Callable[[Tensor, float], Tensor], fill: flo
     """Move masks as their images were moved.
 
     Args:
-        labels: (N, H, W) or (N, K, H, W); integers, MixedLabels or floats.
-        move: takes (N, C, H, W) of any dtype and the value of what comes from outside the images, and returns it moved;
-            each value of it was there before (nearest neighbour).
-        fill: value of what comes from outside.
+        labels: (N, H, W) or (N, K, H, W); integers, booleans, MixedLabels or floats.
+        move: takes (N, C, H, W) of any dtype and the value of what comes from outside the images, and returns it moved,
+            as a new tensor; each value of it was there before (nearest neighbour).
+        fill: value of what comes from outside; 0 where nothing does.
         owner: transform named in an error.
     Returns:
         Labels of the same kind, with the new height and width.
     Raises:
         ValueError: a fill that labels of this dtype cannot hold.
     Example:
-        >>> move_mask(torch.tensor([[[1, 2]]]), lambda part, fill: part.flip(-1), -100, "RandomFlip")
+        >>> import torch
+        >>> move_mask(torch.tensor([[[1, 2]]]), lambda part, fill: part.flip(-1), 0, "RandomFlip")
         tensor([[[2, 1]]])
     """
-    if not labels.is_floating_point():
-        held = torch.iinfo(labels.dtype)
-        if not (float(fill).is_integer() and held.min <= fill <= held.max):
-            fix = "Give one they hold, and give the loss the same ignore_index"
-            raise ValueError(message(owner, "label_fill", f"a value of {labels.dtype}", fill, fix))
+    if not holds(labels.dtype, fill):
+        fix = "Give one they hold, and give the loss the same ignore_index"
+        raise ValueError(message(owner, "label_fill", f"a value of {labels.dtype}", fill, fix))
 
     def moved(part: Tensor, value: float) -> Tensor:
         return move(part.unsqueeze(1), value).squeeze(1) if part.dim() == 3 else move(part, value)
 
     return move_labels(labels, moved, fill)
+
+
+def move_beside(
+    labels: Tensor | None, images: Tensor, move: Callable[[Tensor, float], Tensor], fill: float, owner: str
+) -> Tensor | None:
+    """What becomes of labels when their images are moved: masks go along, labels of whole images stay.
+
+    Args:
+        labels: None, (N,), (N, K), or masks (N, H, W) or (N, K, H, W).
+        images: (N, C, H, W), as they were before.
+        move, fill, owner: as in `move_mask`.
+    Returns:
+        The labels, or moved masks.
+    Raises:
+        ValueError: labels of three or more dimensions that are no masks: boxes, points and masks of another size would
+            no longer lie on the pixels they are about.
+    Example:
+        >>> import torch
+        >>> move_beside(torch.tensor([7]), torch.zeros(1, 3, 2, 2), lambda part, fill: part.flip(-1), 0, "RandomFlip")
+        tensor([7])
+    """
+    if is_mask(labels, images):
+        return move_mask(labels, move, fill, owner)
+    if labels is not None and labels.dim() > 2:
+        height, width = images.shape[-2:]
+        condition = f"of whole images, (N,) or (N, K), or masks of {height} x {width} pixels"
+        fix = "Bring masks to the images' size; labels of other places have no way to move with them"
+        raise ValueError(message(owner, "labels", condition, tuple(labels.shape), fix))
+    return labels

@@ -380,14 +380,14 @@ def test_hook_that_the_user_put_on_the_instance_is_given_back():
 
 
 def test_callbacks_that_end_in_any_order_leave_nothing():
-    from lightning_tricks.callbacks.batch_transforms import _attach, _detach
+    from lightning_tricks.callbacks.batch_hook import attach, detach
 
     for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
         module, callbacks = Net(), [tricks(), tricks(), tricks()]
         for callback in callbacks:
-            _attach(callback, module)
+            attach(callback, module)
         for index in order:
-            _detach(callbacks[index], module)
+            detach(callbacks[index], module)
         assert "on_after_batch_transfer" not in vars(module)
 
 
@@ -486,11 +486,20 @@ def test_backward_past_lightnings_hook_is_watched_too():
 
 
 def test_transform_that_loses_the_mix_is_refused():
+    def next_class(images, labels, generator=None, inplace=False):
+        return images, (labels + 1) % 3
+
+    with pytest.raises(TypeError, match="BatchTransforms: transforms must be one that keeps the mix of the labels"):
+        fit([lt.BatchTransforms([lt.Mixup(1.0), next_class])])
+    module = Keep()
+    fit([lt.BatchTransforms([next_class, lt.Mixup(1.0)])], module, max_epochs=1)
+    assert module.batches[0][1].components[0][0].equal((next(iter(loader()))[1] + 1) % 3)
+
+
+def test_transform_may_make_a_batch_of_another_size():
     def twice(images, labels, generator=None, inplace=False):
         return torch.cat([images, images]), torch.cat([labels, labels])
 
-    with pytest.raises(TypeError, match="BatchTransforms: transforms must be one that keeps the mix of the labels"):
-        fit([lt.BatchTransforms([lt.Mixup(1.0), twice])])
     module = Keep()
     fit([lt.BatchTransforms([twice, lt.Mixup(1.0)])], module, max_epochs=1)
     assert len(module.batches[0][1]) == 8
@@ -580,8 +589,8 @@ def test_smoothing_of_floating_targets_is_refused():
         ({"transforms": []}, TypeError, r"transforms must be a list of transforms, got \[\]"),
         ({"transforms": lt.Mixup(0.2)}, TypeError, "transforms must be a list of transforms, got Mixup"),
         ({"transforms": [lt.Mixup]}, TypeError, "transforms must be a list of transforms"),
-        ({"images": None}, TypeError, "images must be an index or a key, got None"),
-        ({"labels": 1.0}, TypeError, r"labels must be an index or a key, got 1\.0"),
+        ({"images": None}, TypeError, "images must be an index or a key, or a path of them, got None"),
+        ({"labels": 1.0}, TypeError, r"labels must be an index or a key, or a path of them, got 1\.0"),
         ({"seed": -1}, ValueError, r"seed must be a whole number of at least 0 \(seed\), got -1"),
         ({"seed": "a"}, TypeError, "seed must be a whole number"),
         ({"targets": "hard"}, ValueError, "targets must be 'mixed' or 'soft', got 'hard'"),

@@ -28,6 +28,27 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCh
 
 import lightning_tricks as lt
 
+
+def scheduled_transforms(total_steps=None):
+    chain = [lt.OneOf([lt.Mixup(0.5), lt.Cutout(2)]), lt.RandomApply([lt.LabelSmoothing(0.1)])]
+    ramp = {"prob": lt.Linear(0, 1), "strength": lt.Linear(0.5, 1), "stop": 0.8}
+    return lt.BatchTransforms(chain, seed=3, total_steps=total_steps, **ramp)
+
+
+def into_unit_range(images, labels, generator=None, inplace=False):
+    return images.sigmoid(), labels
+
+
+def every_transform():
+    """Each transform that takes one channel; the last is for every stage, and changes no number there."""
+    geometry = [lt.RandomCrop(4, padding=1), lt.RandomFlip(), lt.RandomResizedCrop(4, scale=(0.5, 1.0))]
+    colour = [lt.ColorJitter(0.2, 0.2), lt.RandAugment(2, 9), lt.TrivialAugment()]
+    mixing = [lt.OneOf([lt.Mixup(0.5), lt.CutMix(1.0)]), lt.RandomApply(lt.LabelSmoothing(0.1))]
+    erasing = [lt.Cutout(2), lt.RandomErasing(0.5)]
+    return [into_unit_range, *geometry, *colour, *erasing, *mixing, lt.Normalize([0.0], [1.0])]
+
+
+MEASURES = ["grad_norm", "grad_norm_clipped", "weight_norm", "update_norm", "update_ratio", "grad_zeros"]
 CALLBACKS = {
     "LRSchedule": lambda: [lt.LRSchedule(lt.WarmupCosine(0.25))],
     "ParamSchedule": lambda: [lt.ParamSchedule("body.2.momentum", lt.Cosine(0.1), optimizer=0)],
@@ -43,7 +64,11 @@ CALLBACKS = {
     ],
     "SnapshotEnsemble": lambda: [lt.SnapshotEnsemble(3, keep=2)],
     "BatchTransforms": lambda: [lt.BatchTransforms([lt.Cutout(2), lt.Mixup(0.5), lt.LabelSmoothing(0.1)], seed=3)],
+    "BatchTransforms of every kind": lambda: [lt.BatchTransforms(every_transform(), seed=3)],
+    "BatchTransforms by schedules": lambda: [scheduled_transforms()],
     "UpdateMonitor": lambda: [lt.UpdateMonitor(every_n_steps=2)],
+    "UpdateMonitor of many measures": lambda: [lt.UpdateMonitor(2, MEASURES, layers=1, band=(0.0, 1e9))],
+    "ActivationMonitor": lambda: [lt.ActivationMonitor(every_n_steps=2, gradients=True)],
     "all": lambda: [
         lt.EarlyStopping(monitor="val/loss", patience=100, ignore_first=1, restore_best=True),
         lt.LRSchedule(lt.WarmupCosine(0.25)),
@@ -332,6 +357,8 @@ def test_second_fit_goes_on(name):
             lt.SnapshotEnsemble: lt.SnapshotEnsemble(3, keep=2, total_steps=24),
             lt.ParamSchedule: lt.ParamSchedule("body.2.momentum", lt.Cosine(0.1), 24, optimizer=0),
         }
+        if "by schedules" in name:
+            longer[lt.BatchTransforms] = scheduled_transforms(24)
         return [longer.get(type(callback), callback) for callback in CALLBACKS[name]()]
 
     whole, whole_module = fit(tricks(), Plain(), max_epochs=4)
@@ -459,6 +486,7 @@ TWINS = {
     "EMA": "EMA: callbacks must be the only one of its kind in a Trainer, got 2",
     "EarlyStopping": "EarlyStopping: restore_best must be True in one callback only",
     "BatchTransforms": None,
+    "ActivationMonitor": "ActivationMonitor: callbacks must be the only one of its kind in a Trainer, got 2",
     "UpdateMonitor": "UpdateMonitor: callbacks must be the only one of its kind in a Trainer, got 2",
 }
 

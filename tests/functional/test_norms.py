@@ -11,7 +11,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_tricks.functional.norms import group_norms, tensor_norms, update_norms
+from lightning_tricks.functional.norms import (
+    group_norms,
+    inner_products,
+    nonfinite_counts,
+    tensor_norms,
+    update_norms,
+    zero_counts,
+)
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 COMPLEX = [torch.complex64, torch.complex128]
@@ -64,6 +71,58 @@ def test_views_are_measured(dtype):
     assert tensor_norms([tensor.t(), tensor[:, ::2]]).tolist() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("value", [1e-25, 1e-38, 1e-42, 1e25, 3e38], ids=repr)
+def test_entries_whose_squares_do_not_fit_float32_are_measured(value):
+    tensors = [torch.full((300,), value), torch.tensor([3.0, 4.0]), torch.full((2**17,), value)]
+    expected = [tensors[i][0].item() * math.sqrt(n) for i, n in ((0, 300), (2, 2**17))]
+    norms = tensor_norms(tensors).tolist()
+    assert norms[1] == 5
+    assert norms[0] == pytest.approx(expected[0], rel=1e-6)
+    assert norms[2] == pytest.approx(expected[1], rel=1e-4)  # all entries equal is the worst case
+
+
+def test_infinity_among_huge_entries_stays_infinite():
+    assert tensor_norms([torch.tensor([1e38, math.inf])]).isinf().all()
+
+
+@pytest.mark.parametrize("shape", [(2**24,), (3, 2**22), (2**22, 3), (1, 2**23)], ids=str)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_long_tensor_is_summed_exactly_enough(shape, swapped):
+    """One float32 sum over as many entries is wrong by up to a hundredth."""
+    tensor = torch.full(shape, 0.1)
+    tensor = tensor.t() if swapped and tensor.dim() == 2 else tensor
+    expected = tensor[(0,) * tensor.dim()].item() * math.sqrt(tensor.numel())
+    assert tensor_norms([tensor, torch.ones(4)]).tolist() == pytest.approx([expected, 2], rel=2e-5)
+
+
+@every_dtype
+def test_zeros_and_entries_that_are_not_finite_are_counted(dtype):
+    tensor = torch.tensor([0.0, -0.0, 1.0, math.nan, math.inf, -math.inf, 2.0]).to(dtype)
+    tensors = [tensor, torch.zeros(3, 2, dtype=dtype).t(), torch.empty(0, dtype=dtype)]
+    assert zero_counts(tensors).tolist() == [2, 6, 0]
+    assert nonfinite_counts(tensors).tolist() == [3, 0, 0]
+
+
+def test_zeros_of_a_sparse_tensor_are_those_it_does_not_store_too():
+    tensor = torch.sparse_coo_tensor([[0, 0, 2]], [3.0, -3.0, 3.0], (4,), check_invariants=True)
+    assert zero_counts([tensor]).tolist() == [3]
+    assert nonfinite_counts([tensor]).tolist() == [0]
+
+
+@every_dtype
+def test_the_inner_product_is_its_sum(dtype):
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    left, right = (torch.randn(4, 5, dtype=wide).to(dtype).t() for _ in range(2))
+    pairs = zip(left.flatten().tolist(), right.flatten().tolist(), strict=True)
+    expected = math.fsum((a * b.conjugate()).real for a, b in pairs)
+    assert inner_products([left, left], [right, right]).tolist() == pytest.approx([expected] * 2, rel=1e-6, abs=1e-9)
+
+
+def test_an_inner_product_of_tiny_tensors_does_not_vanish():
+    tensor = torch.full((10,), 1e-30)
+    assert inner_products([tensor], [tensor]).item() == pytest.approx(10 * tensor[0].item() ** 2, rel=1e-6)
+
+
 def test_a_conjugate_view_is_measured():
     tensor = torch.randn(3, 4, dtype=torch.complex64)
     assert tensor_norms([tensor.conj()]).tolist() == pytest.approx([norm_by_loop(tensor)], rel=1e-6)
@@ -74,6 +133,7 @@ def test_nothing_has_no_norms():
     assert tensor_norms([]).dtype == torch.float64
     assert update_norms([], []).shape == (0,)
     assert group_norms(tensor_norms([]), [], 2).tolist() == [0, 0, 0]
+    assert zero_counts([]).shape == nonfinite_counts([]).shape == inner_products([], []).shape == (0,)
 
 
 def test_an_empty_tensor_has_norm_0():
@@ -194,6 +254,18 @@ def test_update_norms_of_parts():
         return compare([tensor * 1.5 for tensor in before], before)
 
     assert_all_right(on_ranks(measure))
+
+
+def test_counts_and_inner_products_of_parts():
+    def measure():
+        mesh = init_device_mesh("cpu", (2,))
+        whole = torch.tensor([0.0, 1.0, math.nan, 0.0, 2.0])
+        parts = [distribute_tensor(whole, mesh, [way]) for way in (Shard(0), Replicate())]
+        other = [distribute_tensor(torch.arange(5.0), mesh, [way]) for way in (Shard(0), Replicate())]
+        sums = zero_counts(parts), nonfinite_counts(parts), inner_products(other, other)
+        return [each.tolist() for each in sums]
+
+    assert on_ranks(measure) == [[[2.0, 2.0], [1.0, 1.0], [30.0, 30.0]]] * 2
 
 
 def test_sums_over_ranks_that_are_still_to_be_done_are_done():

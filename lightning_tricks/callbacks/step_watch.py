@@ -1,0 +1,208 @@
+"""Hooks on optimizers that measure a real step: gradients and weights before it, what it added, and the step before."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_tricks.callbacks.layer_names import Layers, layer_of
+from lightning_tricks.callbacks.step_sums import StepSums, WeightCopies, bytes_of_copy
+from lightning_tricks.callbacks.steps import after_real_steps
+from lightning_tricks.functional.checks import message
+
+
+class StepWatch:
+    """Measure the next real step of each optimizer that is due.
+
+    Args:
+        owner: callback named in an error.
+        layers: how parameters are grouped.
+        wanted: names of the sums, out of `SUMS`.
+        max_memory: bytes of the copies of weights, None for no limit.
+    """
+
+    def __init__(self, owner: str, layers: Layers, wanted: set[str], max_memory: int | None) -> None:
+        self.owner, self.layers, self.wanted, self.max_memory = owner, layers, wanted, max_memory
+        self.scaler: Any = None  # a GradScaler
+        self.due: set[int] = set()  # optimizers whose next real step is measured, by id
+        self.leading: set[int] = set()  # those whose next steps may be the last before one that is measured
+        self.measured: list[StepSums] = []
+        self._steps: dict[int, StepSums] = {}  # of the batch
+        self._names: dict[int, str] = {}
+        self._turn: set[str] | None = None  # layers whose updates are measured, None for all
+        self._copies: dict[int, WeightCopies] = {}
+        self._last: dict[int, WeightCopies] = {}  # updates of the step before
+        self._handles: list[RemovableHandle] = []
+
+    def __bool__(self) -> bool:
+        """Whether it watches."""
+        return bool(self._handles)
+
+    def begin_batch(self, module: nn.Module, optimizers: Iterable[Optimizer], log: int) -> None:
+        """Watch the optimizers, and see what the parameters are.
+
+        Args:
+            module: with the parameters by name.
+            optimizers: all of the trainer.
+            log: how many logs there were: which layers' turn it is, where memory is short.
+        """
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._turn = self.turn_of(module, log)
+        if not self._handles:
+            optimizers = list(optimizers)
+            self._handles = after_real_steps(self.owner, optimizers, self._after_step)
+            self._handles += [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+
+    def turn_of(self, module: nn.Module, log: int) -> set[str] | None:
+        """The layers whose updates this log measures, so that their copies fit into the memory; None for all.
+
+        Args:
+            module, log: as for `begin_batch`.
+        Raises:
+            ValueError: a layer does not fit.
+        """
+        if self.max_memory is None or "update" not in self.wanted:
+            return None
+        sizes: dict[str | None, int] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                layer = layer_of(name, self.layers)
+                sizes[layer] = sizes.get(layer, 0) + bytes_of_copy(parameter)
+        turns = turns_that_fit(self.owner, sizes, self.max_memory)
+        return turns[log % len(turns)] if turns else None
+
+    def end_batch(self) -> None:
+        """Forget what belongs to the batch."""
+        self._names, self._steps, self.measured = {}, {}, []
+
+    def unhook(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def parameters(self, optimizer: Optimizer) -> list[Tensor]:
+        """What is measured of an optimizer.
+
+        Args:
+            optimizer: one of those that are watched.
+        """
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        return [p for p in every if p.requires_grad and p.numel() > 0 and id(p) in self._names]
+
+    def see_gradients(self, optimizer: Optimizer) -> None:
+        """The gradients are fresh and not clipped; of several closures those of the first count.
+
+        Args:
+            optimizer: which is about to step with them.
+        """
+        if id(optimizer) in self.due and id(optimizer) not in self._steps:
+            self._step(optimizer).add_gradients(self._scale(optimizer))
+
+    def loss_scale(self, device: torch.device) -> Tensor | float:
+        """What a GradScaler multiplies the loss by, without waiting for the device as `get_scale()` would.
+
+        Args:
+            device: of the result.
+        """
+        scale: Tensor | float = 1.0
+        return scale if self.scaler is None else self.scaler.scale(torch.ones((), device=device))
+
+    def _scale(self, optimizer: Optimizer) -> Tensor | float:
+        """What the gradients are still multiplied by: a fused optimizer unscales inside its step."""
+        if not getattr(optimizer, "_step_supports_amp_scaling", False):
+            return 1.0
+        return self.loss_scale(optimizer.param_groups[0]["params"][0].device)
+
+    def _step(self, optimizer: Optimizer) -> StepSums:
+        """What is measured in the step of an optimizer; each parameter with one optimizer only."""
+        if id(optimizer) not in self._steps:
+            taken = {id(p) for step in self._steps.values() for p in step.parameters}
+            chosen = [p for p in self.parameters(optimizer) if id(p) not in taken]
+            layers = [layer_of(self._names[id(p)], self.layers) for p in chosen]
+            updated = None if self._turn is None else [i for i, layer in enumerate(layers) if layer in self._turn]
+            self._steps[id(optimizer)] = StepSums(chosen, layers, self.wanted, updated)
+        return self._steps[id(optimizer)]
+
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Measure what there is before the step: where that calls a closure, after the first call of it."""
+        if id(optimizer) not in self.due | self.leading:
+            return None
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._begin(optimizer)
+            return None
+        calls = 0
+
+        def then_measure() -> Any:
+            nonlocal calls
+            loss, calls = closure(), calls + 1
+            if calls == 1:
+                self._begin(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": then_measure}
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        step, scale = self._step(optimizer), self._scale(optimizer)
+        if id(optimizer) in self.due:
+            if not step.has_gradients:  # an optimizer of the user's own, past Lightning's hook
+                step.add_gradients(scale)
+            step.add_before_step(scale)
+        if "update" in self.wanted:
+            copies = self._copies.setdefault(id(optimizer), WeightCopies())
+            copies.take([step.parameters[i] for i in step.updated])
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        key = id(optimizer)
+        if key not in self.due | self.leading or key not in self._steps:
+            return
+        step, copies, last = self._steps[key], self._copies.get(key), self._last.get(key)
+        if copies is not None:
+            copies.subtract()
+        if key in self.due:
+            self.due.discard(key)  # of several steps in one batch the first is measured
+            if copies is not None:
+                step.add_update(copies, last)
+            self.measured += [step] if step.parameters else []
+        if copies is not None and "last" in self.wanted:
+            self._copies[key], self._last[key] = last or WeightCopies(), copies
+            if key not in self.leading:
+                copies.parameters = []  # the step that is measured next does not follow this one
+
+
+def turns_that_fit(owner: str, sizes: Mapping[str | None, int], limit: int) -> Sequence[set[str]]:
+    """Layers in groups of at most so many bytes, in their order; none where all of them fit at once.
+
+    Args:
+        owner: callback named in an error.
+        sizes: bytes of each layer; of None, what is in the total alone.
+        limit: bytes.
+    Raises:
+        ValueError: a layer is larger, or there are none.
+    Example:
+        >>> turns_that_fit("UpdateMonitor", {"a": 2, "b": 2, "c": 3}, limit=5) == [{"a", "b"}, {"c"}]
+        True
+    """
+    if sum(sizes.values()) <= limit:
+        return []
+    layers = {layer: size for layer, size in sizes.items() if layer is not None}
+    least = max(layers.values()) if layers else sum(sizes.values())
+    if least > limit:
+        condition = f"at least {least} (bytes; a copy of the largest layer)"
+        fix = "Raise it, measure smaller layers (layers='tensor'), or leave the measures of updates out"
+        raise ValueError(message(owner, "max_extra_memory", condition, limit, fix))
+    turns: list[set[str]] = []
+    room = 0
+    for layer, size in layers.items():
+        if size > room:
+            turns.append(set())
+            room = limit
+        turns[-1].add(layer)
+        room -= size
+    return turns

@@ -1,0 +1,319 @@
+"""What the report shows, in which order."""
+
+import io
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lightning_tricks.functional.checks import check_count, message
+from lightning_tricks.reports import page
+from lightning_tricks.reports.groups import Group, differing, flatten, group_runs, is_seed
+from lightning_tricks.reports.pictures import Curve, Panel, Picture, curves, layers, styles
+from lightning_tricks.reports.runs import Run, Runs, read_runs
+from lightning_tricks.reports.summary import (
+    CHAPTERS,
+    QUANTITIES,
+    Mode,
+    best,
+    by_metric,
+    check_band,
+    direction,
+    last,
+    metric_keys,
+    quantity,
+    schedule_keys,
+    stage,
+    with_spread,
+)
+
+DPI = 160
+HOW_TO_LOG = {
+    "Learning rate and schedules": "LRSchedule and Lightning's LearningRateMonitor log them",
+    "Updates": "UpdateMonitor logs them",
+    "Gradients": "UpdateMonitor logs them",
+    "Activations": "ActivationMonitor logs them",
+}
+
+
+def report(
+    runs: Runs,
+    output: str | PathLike[str] = "report.html",
+    *,
+    group: str | None = None,
+    smooth: int | None = None,
+    band: tuple[float, float] = (1e-4, 1e-2),
+    modes: Mapping[str, Mode] | None = None,
+    title: str = "Training report",
+) -> Path:
+    """Write what runs logged as one self-contained HTML page, and its pictures as PNG files in a folder beside it.
+
+    The page has tables of the final metrics with their spread over seeds and of the settings by which the runs differ,
+    and pictures: learning curves, learning rate, update ratio (layers by steps, against its band), norms, activation
+    statistics, with events (`event/*`) marked on the curves. What was not logged is left out, with a word. It needs no
+    server and no network, neither to be written nor to be read. W&B writes a run from another process: of one whose end
+    is not on disk yet the page shows what is there, and says so.
+
+    Args:
+        runs: a folder of Lightning's CSVLogger, an offline W&B run, or a folder above many; several in a list; or a
+            dict name -> path(s), where the paths of one name are runs that differ by their seed.
+        output: the page to write; the pictures come into the folder `report_pictures` beside `report.html`.
+        group: a setting (`arm`, `tricks.EMA.decay`): runs that have the same value are summed up together. None puts
+            those together whose settings are equal but for seeds.
+        smooth: logged points of a moving average, odd, 1 for none; None takes a round number.
+        band: lowest and highest healthy ratio of update to weights, 0 < low < high.
+        modes: metric -> "min" or "max", where its name and the callbacks that monitor it do not say what is better.
+        title: of the page.
+    Returns:
+        The page's path.
+    Raises:
+        ImportError: matplotlib is not installed, or W&B for a run of its own.
+        TypeError, ValueError: an argument out of range, a path without a log, a log that cannot be read.
+    Example:
+        >>> from lightning_tricks import report
+        >>> report("no_such_folder")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: report: runs must be paths that exist, got 'no_such_folder'. Give a folder of ...
+    """
+    _check(smooth, band, modes)
+    read = read_runs("report", runs)
+    groups = group_runs("report", read, group)
+    modes = modes or {}
+    path = Path(output)
+    folder = path.with_name(f"{path.stem}_pictures")
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {
+        "Learning curves": learning_curves(groups, smooth),
+        "Learning rate and schedules": _learning_rates(groups),
+    }
+    drawn |= {chapter: _measured(groups, names, smooth, band) for chapter, names in CHAPTERS.items()}
+    missing = []
+    sections = [("Results", _results(groups, modes))]
+    for chapter, figures in drawn.items():
+        content: dict[bool, list[str]] = {}  # curves, and layers below them, in columns of their own
+        for figure in figures:
+            content.setdefault(figure.wide, []).append(_save(figure, folder))
+        if content:
+            sections.append((chapter, "".join(map(page.pictures, content.values()))))
+        elif chapter in HOW_TO_LOG:
+            missing.append(f"{chapter}: nothing was logged; {HOW_TO_LOG[chapter]}.")
+        else:
+            missing.append(f"{chapter}: no metric was logged at two steps or more.")
+    events = _events(groups)
+    if events:
+        sections.append(("Events", page.table(["event", "run", "at step", "times"], events)))
+    else:
+        missing.append("Events: nothing was logged as event/*; no callback that reports them has acted.")
+    sections += [("Settings", _settings(groups)), ("Runs", _runs(groups))]
+    notes = [*missing, *(note for run in read for note in run.notes)]
+    if notes:
+        sections.append(("Left out", page.paragraphs(notes)))
+    path.write_text(page.page(title, _lead(groups), sections), encoding="utf-8")
+    return path
+
+
+def _check(smooth: Any, band: Any, modes: Any) -> None:
+    if smooth is not None:
+        fix = "A moving average is centred; None takes a round number"
+        check_count("report", "smooth", smooth, 1, "logged points", fix)
+        if smooth % 2 == 0:
+            raise ValueError(message("report", "smooth", "odd (logged points)", smooth, fix))
+    check_band("report", band)
+    wrong = {key: mode for key, mode in (modes or {}).items() if mode not in ("min", "max")}
+    if wrong:
+        raise ValueError(message("report", "modes", "'min' or 'max' for each metric", wrong, "Name what is better"))
+
+
+def _save(picture: Picture, folder: Path) -> str:
+    """Write a picture, and give it as a part of the page."""
+    buffer = io.BytesIO()
+    picture.figure.savefig(buffer, format="png", dpi=DPI)
+    png = buffer.getvalue()
+    (folder / f"{file_name(picture.name)}.png").write_bytes(png)
+    width, height = struct.unpack(">II", png[16:24])  # where every PNG has them
+    return page.picture(png, picture.title, picture.caption, width, height, picture.wide)
+
+
+def file_name(text: str) -> str:
+    """Text as the name of a file on any system.
+
+    Args:
+        text: any.
+    Example:
+        >>> file_name("update_ratio, arm = a/b")
+        'update_ratio-arm-a-b'
+    """
+    return "-".join("".join(c if c.isalnum() or c in "._" else " " for c in text).split())
+
+
+def _all(groups: Sequence[Group]) -> list[Run]:
+    return [run for group in groups for run in group.runs]
+
+
+# ---------------------------------------------------------------------- words and tables
+
+
+def _lead(groups: Sequence[Group]) -> list[str]:
+    count = len(_all(groups))
+    points = "In the pictures points are values as logged, at the step they were logged with."
+    if count == 1:
+        return [f"One run: {groups[0].runs[0].name}.", points]
+    if count == len(groups):
+        return [f"{count} runs.", points]
+    named = ", ".join(f"{group.name} ({len(group.runs)})" for group in groups[:8]) + (", ..." if groups[8:] else "")
+    word = "groups" if len(groups) > 1 else "group"
+    lines = "Thin lines are single runs, thick lines the means of a group, as far as all of it trained."
+    return [f"{count} runs in {len(groups)} {word} of runs that differ by their seed: {named}.", f"{points} {lines}"]
+
+
+def _results(groups: Sequence[Group], modes: Mapping[str, Mode]) -> str:
+    """A table of the last and the best values."""
+    runs = _all(groups)
+    keys = metric_keys(runs)
+    if not keys:
+        return page.paragraphs(["No metric was logged."])
+    known = {key: direction(key, runs, modes) for key in keys}
+    rows = [[group.name, *(_result(group, key, known[key]) for key in keys)] for group in groups]
+    words = ["Last logged value of each metric; below it the best one and the step it was logged at."]
+    if any(len(group.runs) > 1 for group in groups):
+        words[0] += " Mean ± standard deviation over the seeds (n - 1)."
+    unknown = [key for key, mode in known.items() if mode is None and stage(key)[1] != "training"]
+    if unknown:
+        which = ", ".join(unknown)
+        words.append(f"Whether low or high is better is not known of {which}: say modes={{'{unknown[0]}': 'min'}}.")
+    return page.paragraphs(words, "soft") + page.table(["", *keys], rows, "numbers")
+
+
+def _result(group: Group, key: str, mode: Mode | None) -> str:
+    logged = [run.series[key] for run in group.runs if run.series.get(key)]
+    finals = [last(series) for series in logged]
+    values = [value for value in finals if value is not None]
+    if not values:
+        return "-"
+    text = with_spread(values)
+    if len(values) < len(group.runs):
+        text += f" ({len(values)} of {len(group.runs)} runs)"
+    tops = [found for series in logged if mode is not None and len(series) > 1 and (found := best(series, mode))]
+    if tops and stage(key)[1] != "training":  # of single batches the best is chance
+        steps = sorted(top.step for top in tops)
+        where = f"{steps[0]:,}" if steps[0] == steps[-1] else f"{steps[0]:,} to {steps[-1]:,}"
+        text += f"\nbest {with_spread([top.value for top in tops])}, step {where}"
+    return text
+
+
+def _events(groups: Sequence[Group]) -> list[list[str]]:
+    rows = []
+    for run in _all(groups):
+        for key, series in run.series.items():
+            steps = [step for step, value in series.items() if value > 0]
+            if quantity(key) == "event" and steps:
+                shown = ", ".join(f"{step:,}" for step in steps[:10]) + (", ..." if steps[10:] else "")
+                rows.append([key.partition("/")[2].replace("_", " "), run.name, shown, str(len(steps))])
+    return rows
+
+
+def _settings(groups: Sequence[Group]) -> str:
+    """What differs between groups, the tricks, and everything."""
+    each = [_shared(group) for group in groups]
+    names = list(dict.fromkeys(name for settings in each for name in settings))
+    if not names:
+        return page.paragraphs(["No settings were logged."])
+    head = ["", *(group.name for group in groups)]
+    content = ""
+    different = [name for name in differing(each) if not is_seed(name)]
+    if different:
+        content += page.paragraphs(["By what the groups differ:"]) + _table(head, different, each)
+    elif len(groups) > 1:
+        content += page.paragraphs(["The groups have the same settings."])
+    tricks = [name for name in names if name.startswith("tricks.")]
+    if not tricks:
+        content += page.paragraphs(["No tricks are in the settings: callbacks of this package write theirs there."])
+    elif set(tricks) - set(different):
+        content += page.folded("Tricks and their settings", _table(head, tricks, each))
+    return content + page.folded("All settings", _table(head, names, each))
+
+
+def _table(head: Sequence[str], names: Sequence[str], each: Sequence[Mapping[str, str]]) -> str:
+    rows = [[name.removeprefix("tricks."), *(settings.get(name, "-") for settings in each)] for name in names]
+    return page.table(head, rows)
+
+
+def _shared(group: Group) -> dict[str, str]:
+    """A group's settings, with all values of those that differ between its runs."""
+    each = [flatten(run.settings) for run in group.runs]
+    names = dict.fromkeys(name for settings in each for name in settings)
+    return {name: ", ".join(dict.fromkeys(settings.get(name, "-") for settings in each)) for name in names}
+
+
+def _runs(groups: Sequence[Group]) -> str:
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            steps = [max(series) for series in run.series.values() if series]
+            seeds = {name: text for name, text in flatten(run.settings).items() if is_seed(name) and "." not in name}
+            rows.append(
+                [run.name, group.name, ", ".join(seeds.values()) or "-", f"{max(steps, default=0):,}", str(run.path)]
+            )
+    return page.table(["run", "group", "seed", "last step", "read from"], rows)
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def learning_curves(groups: Sequence[Group], smooth: int | None) -> Iterator[Picture]:
+    """A picture a metric: training above validation; of a single group both in one."""
+    for metric, keys in by_metric(_all(groups)).items():
+        if len(groups) == 1:
+            lines = [_curve(stage(key)[1] or key, index, groups[0], key) for index, key in enumerate(keys)]
+            panels = [Panel(metric, metric, tuple(line for line in lines if line.runs))]
+        else:
+            panels = [_panel(groups, key, ", ".join(filter(None, (metric, stage(key)[1]))), metric) for key in keys]
+        yield curves(metric, metric, panels, _marks(groups), smooth)
+
+
+def _learning_rates(groups: Sequence[Group]) -> Iterator[Picture]:
+    for key in schedule_keys(_all(groups)):
+        other = quantity(key) != "lr" or key.endswith(("-momentum", "-weight_decay"))  # LearningRateMonitor's names
+        title, unit = (key, key) if other else (f"Learning rate, {key}", "learning rate")
+        panel = _panel(groups, key, title, unit)
+        if panel.curves:
+            yield curves(key, key, [replace(panel, linear=True)], _marks(groups), 1)
+
+
+def _measured(
+    groups: Sequence[Group], quantities: Sequence[str], smooth: int | None, band: tuple[float, float]
+) -> Iterator[Picture]:
+    """The total of each quantity as curves, and its layers as a picture a group."""
+    for name in quantities:
+        heading, unit = QUANTITIES[name]
+        panel = _panel(groups, f"{name}/total", f"{heading}, all layers", unit)
+        if panel.curves:
+            panel = replace(panel, band=band if name == "update_ratio" else None)
+            yield curves(name, panel.title, [panel], _marks(groups), smooth)
+    for name in quantities:
+        heading, unit = QUANTITIES[name]
+        limits = band if name == "update_ratio" else None
+        yield from layers(f"{name}-layers", heading, unit, groups, name, limits)
+
+
+def _panel(groups: Sequence[Group], key: str, title: str, unit: str) -> Panel:
+    lines = [_curve(group.name, index, group, key) for index, group in enumerate(groups)]
+    return Panel(title, unit, tuple(line for line in lines if line.runs))
+
+
+def _curve(name: str, index: int, group: Group, key: str) -> Curve:
+    return Curve(name, *styles(index), tuple(run.series[key] for run in group.runs if run.series.get(key)))
+
+
+def _marks(groups: Sequence[Group]) -> list[tuple[str, str, list[int]]]:
+    """Events of each group, in its colour."""
+    marks = []
+    for index, group in enumerate(groups):
+        colour = styles(index)[0] if len(groups) > 1 else "#333333"
+        for key in dict.fromkeys(key for run in group.runs for key in run.series if quantity(key) == "event"):
+            happened = {step for run in group.runs for step, value in run.series.get(key, {}).items() if value > 0}
+            if happened:
+                marks.append((key.partition("/")[2], colour, sorted(happened)))
+    return marks

@@ -1,0 +1,217 @@
+"""What a run logged: found on disk and read, the same whoever wrote it."""
+
+import csv
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from lightning_tricks.functional.checks import message
+from lightning_tricks.reports.offline import FILES, read_offline
+
+Series: TypeAlias = Mapping[int, float]
+"""Step -> value, in the order of the steps."""
+Runs: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Any]"
+WHERE = "Give a folder of Lightning's CSVLogger (metrics.csv), an offline W&B run (offline-run-*), or one above them"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training as it was logged.
+
+    Args:
+        name: what it is called in the report.
+        path: where it was read.
+        series: key -> step -> value; a step that was logged twice has the later value.
+        settings: the run's hyperparameters, nested as they were logged.
+        group: the name that the user gave to runs that differ by their seed; None without one.
+        notes: sentences on what was left out.
+    """
+
+    name: str
+    path: Path
+    series: Mapping[str, Series]
+    settings: Mapping[str, Any]
+    group: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read_runs(owner: str, runs: Runs) -> list[Run]:
+    """Every run that the paths lead to, with names that tell them apart.
+
+    Args:
+        owner: function named in an error.
+        runs: a path, several, or names of groups with a path or several each.
+    Raises:
+        TypeError: what is no path.
+        ValueError: a path without a log, and a log that cannot be read.
+        ImportError: a W&B run, without W&B.
+    """
+    named: list[tuple[str | None, Path]]
+    if isinstance(runs, Mapping):
+        named = [(str(name), path) for name, paths in runs.items() for path in _listed(owner, paths)]
+    else:
+        named = [(None, path) for path in _listed(owner, runs)]
+    if not named:
+        raise ValueError(message(owner, "runs", "at least one run", runs, WHERE))
+    read = [run for group, path in named for run in _read_below(owner, path, group)]
+    return _told_apart(read)
+
+
+def natural(text: str) -> list[tuple[int, int, str]]:
+    """Key that sorts `layers.2` before `layers.10`, as a model's layers follow each other."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", text) if part]
+
+
+def _listed(owner: str, paths: Any) -> list[Path]:
+    several = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    if not isinstance(several, Sequence) or not all(isinstance(path, (str, os.PathLike)) for path in several):
+        raise TypeError(message(owner, "runs", "a path, several, or a dict of name -> path(s)", paths, WHERE))
+    return [Path(path) for path in several]
+
+
+def _read_below(owner: str, path: Path, group: str | None) -> list[Run]:
+    if not path.exists():
+        raise ValueError(message(owner, "runs", "paths that exist", str(path), WHERE))
+    if path.is_file():
+        return [_read_offline(owner, [path], group) if path.match(FILES) else _read_csv(owner, path, group)]
+    logs = _below(path, "metrics.csv")
+    offline = _below(path, FILES)
+    if logs:
+        runs = [_read_csv(owner, log, group) for log in logs]
+        if offline:
+            word = (
+                f"{len(offline)} W&B run(s) below {path} are left out, since CSV logs are there too: give their folder."
+            )
+            runs[0] = replace(runs[0], notes=(*runs[0].notes, word))
+        return runs
+    if not offline:
+        raise ValueError(message(owner, "runs", "folders with a log", str(path), WHERE))
+    # A resumed run has a folder for each of its parts; the id, which both names end with, is the same.
+    parts: dict[str, list[Path]] = {}
+    for file in offline:
+        parts.setdefault(file.stem, []).append(file)
+    return [_read_offline(owner, files, group) for files in parts.values()]
+
+
+def _below(folder: Path, pattern: str) -> list[Path]:
+    found = {path.resolve(): path for path in folder.rglob(pattern) if not any(p.is_symlink() for p in path.parents)}
+    return sorted(found.values(), key=lambda path: natural(str(path)))
+
+
+def _told_apart(runs: list[Run]) -> list[Run]:
+    """Runs of one name are called by where they lie below the folder that holds all."""
+    names = [run.name for run in runs]
+    above = os.path.commonpath([run.path.absolute() for run in runs])
+    return [replace(run, name=os.path.relpath(run.path, above)) if names.count(run.name) > 1 else run for run in runs]
+
+
+# ---------------------------------------------------------------------- CSV
+
+
+def _read_csv(owner: str, path: Path, group: str | None) -> Run:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(message(owner, "runs", "files that can be read", str(path), f"{error}")) from error
+    notes = []
+    lines = text.splitlines()
+    if len(lines) > 1 and not text.endswith("\n"):
+        lines.pop()
+        notes.append(f"{path}: its last row was cut off, and is left out.")
+    reader = csv.DictReader(lines)
+    if "step" not in (reader.fieldnames or ()):
+        fix = "That is how Lightning's CSVLogger writes it"
+        raise ValueError(message(owner, "runs", "logs with a column 'step'", str(path), fix))
+    rows = _csv_rows(owner, path, reader)
+    series, strange = in_steps(rows)
+    notes += [f"{path}: {key} is left out, since it holds no plain numbers." for key in strange]
+    return Run(path.parent.absolute().name, path.parent, series, _hparams(owner, path.parent), group, tuple(notes))
+
+
+def _csv_rows(owner: str, path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[int, Mapping[str, Any]]]:
+    for row in reader:
+        try:
+            step = int(float(row.pop("step")))
+        except (TypeError, ValueError):
+            step = None
+        if step is None or None in row or None in row.values():
+            where = f"{path}, line {reader.line_num}"
+            fix = "It was damaged, or written by another program"
+            raise ValueError(message(owner, "runs", "tables with a step and one value a column", where, fix))
+        yield step, {key: value for key, value in row.items() if value != "" and key != "epoch"}
+
+
+class _Plain(yaml.SafeLoader):
+    """Reads the objects of Python that Lightning may have written as what they hold, and makes none."""
+
+
+def _as_plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    if isinstance(node, yaml.SequenceNode):
+        return loader.construct_sequence(node, deep=True)
+    return node.value or suffix.partition(":")[2]
+
+
+_Plain.add_multi_constructor("tag:yaml.org,2002:python/", _as_plain)
+
+
+def _hparams(owner: str, folder: Path) -> Mapping[str, Any]:
+    path = folder / "hparams.yaml"
+    if not path.exists():
+        return {}
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Plain)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        fix = f"{error}. Repair or remove it".replace("\n", " ")
+        raise ValueError(message(owner, "runs", "settings that YAML can read", str(path), fix)) from error
+    return settings if isinstance(settings, dict) else {}
+
+
+# ---------------------------------------------------------------------- W&B
+
+
+def _read_offline(owner: str, files: list[Path], group: str | None) -> Run:
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    settings: dict[str, Any] = {}
+    notes = []
+    name = files[0].stem
+    for file in files:
+        part = read_offline(owner, file)
+        rows += part.rows
+        settings |= part.settings
+        name = part.name or name
+        if part.cut_off:
+            notes.append(f"{file}: the run is not finished or was killed; what it had written by then is shown.")
+    series, strange = in_steps(rows)
+    notes += [f"{files[0]}: {key} is left out, since it holds no plain numbers." for key in strange]
+    return Run(name, files[-1].parent, series, settings, group, tuple(notes))
+
+
+def in_steps(rows: "Iterator[tuple[int, Mapping[str, Any]]] | Sequence[tuple[int, Mapping[str, Any]]]") -> Any:
+    """Sort rows into series.
+
+    Args:
+        rows: step and what was logged there, in the order of writing.
+    Returns:
+        Key -> step -> value, the last one written at a step, and the keys that hold something else than numbers.
+    Example:
+        >>> in_steps([(4, {"loss": "0.5"}), (2, {"loss": 1, "text": "abc"}), (4, {"loss": 0.25})])
+        ({'loss': {2: 1.0, 4: 0.25}}, ['text'])
+    """
+    series: dict[str, dict[int, float]] = {}
+    strange: dict[str, None] = {}
+    for step, row in rows:
+        for key, value in row.items():
+            try:
+                series.setdefault(key, {})[step] = float(value)
+            except (TypeError, ValueError):
+                strange[key] = None
+    known = [key for key in series if key not in strange]
+    return {key: dict(sorted(series[key].items())) for key in sorted(known, key=natural)}, list(strange)

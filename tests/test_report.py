@@ -1,0 +1,641 @@
+"""The report: its numbers are those of the logs, its pictures what they say, and its page reads well in a browser."""
+
+import base64
+import csv
+import html
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import wandb
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from kit import fit
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from matplotlib.colors import LogNorm
+from offline_wandb import read_run
+from offline_wandb import runs as offline_runs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import lightning_tricks as lt
+from lightning_tricks.reports import report
+from lightning_tricks.reports.build import learning_curves
+from lightning_tricks.reports.groups import flatten, group_runs
+from lightning_tricks.reports.pictures import Curve, Panel, curves, layers
+from lightning_tricks.reports.runs import Run, read_runs
+from lightning_tricks.reports.summary import (
+    QUANTITIES,
+    best,
+    by_metric,
+    direction,
+    last,
+    moving_average,
+    stage,
+    thin,
+    with_spread,
+)
+
+ARMS = {"plain": 0.05, "hot": 0.8}
+
+
+def tricks():
+    return [
+        lt.UpdateMonitor(every_n_steps=2),
+        lt.LRSchedule(lt.WarmupCosine(0.25)),
+        lt.ParamSchedule("weight_decay", lt.Linear()),
+        lt.EarlyStopping("val/loss", patience=1, min_delta=1.0),  # nothing improves so much: it stops
+    ]
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    """Two arms of two seeds each, with every logger; of the second arm only the CSV log."""
+    folder = tmp_path_factory.mktemp("logs")
+    for arm, lr in ARMS.items():
+        for seed in range(2):
+            torch.manual_seed(seed)
+            loggers = [CSVLogger(folder, "csv", f"{arm}-{seed}")]
+            if arm == "plain":
+                loggers.append(WandbLogger(f"{arm}-{seed}", folder, offline=True, project="tests"))
+                loggers.append(TensorBoardLogger(folder, "tensorboard", f"{arm}-{seed}"))
+            for logger in loggers:
+                logger.log_hyperparams({"arm": arm, "lr": lr, "seed": seed})
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*training ended after")
+                fit(tricks(), logger=loggers, max_epochs=4)
+            wandb.finish()
+    return written(folder)
+
+
+def written(folder):
+    """The folder, once W&B has written its runs, which it does in another process."""
+    for run in offline_runs(folder):
+        read_run(run)
+    return folder
+
+
+def write_log(folder, rows, **settings):
+    """A log as CSVLogger writes it."""
+    folder.mkdir(parents=True)
+    keys = sorted({key for row in rows for key in row})
+    with (folder / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, keys)
+        writer.writeheader()
+        writer.writerows(rows)
+    if settings:
+        (folder / "hparams.yaml").write_text(yaml.dump(settings))
+    return folder
+
+
+def text_of(page):
+    return html.unescape(re.sub(r"<[^>]+>", " ", re.sub(r"(?s)<style>.*?</style>", "", Path(page).read_text())))
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def test_identical_numbers_from_csv_and_wandb_and_tensorboard(logs):
+    from_csv = read_runs("report", [logs / "csv" / f"plain-{seed}" for seed in range(2)])
+    from_wandb = read_runs("report", logs / "wandb")
+    assert [run.name for run in from_csv] == [run.name for run in from_wandb] == ["plain-0", "plain-1"]
+    for one, other in zip(from_csv, from_wandb, strict=True):
+        assert one.series == other.series
+        assert one.settings == other.settings
+        assert one.notes == other.notes == ()
+        events = EventAccumulator(str(logs / "tensorboard" / one.name)).Reload()
+        for key, series in one.series.items():
+            scalars = {event.step: event.value for event in events.Scalars(key)}
+            assert scalars == pytest.approx(series, rel=1e-6)  # which keeps 32 bits
+
+
+def test_early_stopping_is_an_event_on_the_step_at_which_it_asked(logs):
+    for run in read_runs("report", logs / "csv"):
+        # Validated after 6, 12 and 18 steps: the second and third did not improve enough, with patience for one.
+        assert list(run.series["event/early_stopping"].values()) == [1.0]
+        (step,) = run.series["event/early_stopping"]
+        assert step in (11, 12)  # rows of the last batch have the step before
+        assert max(run.series["train/loss"]) == 11
+
+
+def test_a_resumed_offline_run_is_one_run(tmp_path):
+    for steps in (range(4), range(3, 6)):
+        run = wandb.init(id="same", name="mine", dir=tmp_path, project="tests", resume="allow", mode="offline")
+        for step in steps:
+            run.log({"loss": len(steps) * 10 + step, "trainer/global_step": step})
+        run.finish()
+        time.sleep(1.1)  # W&B names folders by the second
+    (run,) = read_runs("report", written(tmp_path / "wandb"))
+    assert run.name == "mine"
+    assert run.series == {"loss": {0: 40, 1: 41, 2: 42, 3: 33, 4: 34, 5: 35}}
+
+
+def test_a_killed_run_is_read_as_far_as_it_was_written(logs, tmp_path):
+    (file,) = [path for path in logs.rglob("*.wandb") if "plain-0" in read_runs("report", path.parent)[0].name]
+    whole = read_runs("report", file)[0]
+    cut = tmp_path / "offline-run-x" / file.name
+    cut.parent.mkdir()
+    cut.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    (run,) = read_runs("report", cut.parent)
+    assert 0 < len(run.series["train/loss"]) < len(whole.series["train/loss"])
+    assert run.series["train/loss"].items() <= whole.series["train/loss"].items()
+    assert "not finished or was killed" in run.notes[0]
+
+
+def test_a_row_that_was_cut_off_is_left_out_and_said(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,train/loss\r\n0,1.5\r\n1,1.25\r\n2,0.12")
+    (run,) = read_runs("report", tmp_path)
+    assert run.series == {"train/loss": {0: 1.5, 1: 1.25}}
+    assert "last row was cut off" in run.notes[0]
+
+
+def test_rows_by_hand_have_the_step_before_and_a_run_without_lightning_its_own(tmp_path):
+    run = wandb.init(name="mixed", dir=tmp_path / "a", project="tests", mode="offline")
+    run.log({"loss": 1.0, "trainer/global_step": 7})
+    run.log({"mine": 2.0})
+    run.finish()
+    run = wandb.init(name="plain", dir=tmp_path / "b", project="tests", mode="offline")
+    for value in (3.0, 4.0):
+        run.log({"loss": value, "words": "three"})
+    run.finish()
+    assert read_runs("report", written(tmp_path / "a"))[0].series == {"loss": {7: 1.0}, "mine": {7: 2.0}}
+    (run,) = read_runs("report", written(tmp_path / "b"))
+    assert run.series == {"loss": {0: 3.0, 1: 4.0}}
+    assert run.notes[0].endswith("words is left out, since it holds no plain numbers.")
+
+
+def test_settings_are_read_without_making_objects(tmp_path):
+    write_log(tmp_path / "run", [{"step": 0, "loss": 1}])
+    text = "betas: !!python/tuple [0.9, 0.99]\nrun: !!python/object/apply:os.system ['touch made']\n"
+    (tmp_path / "run" / "hparams.yaml").write_text(text + "kind: !!python/name:torch.optim.SGD ''\n")
+    (run,) = read_runs("report", tmp_path / "run")
+    assert run.settings == {"betas": [0.9, 0.99], "run": ["touch made"], "kind": "torch.optim.SGD"}
+    assert not Path("made").exists()
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    for name in "ab":
+        write_log(tmp_path / name / "version_0", [{"step": 0, "loss": 1}])
+    assert [run.name for run in read_runs("report", tmp_path)] == ["a/version_0", "b/version_0"]
+    assert [run.name for run in read_runs("report", tmp_path / "a")] == ["version_0"]
+
+
+def damaged(kind, folder):
+    path = folder / kind
+    path.mkdir()
+    table = path / "metrics.csv"
+    if kind == "no step":
+        table.write_text("epoch,loss\n0,1\n")
+    elif kind == "too short":
+        table.write_text("step,loss,accuracy\n0,1,1\n1,2\n2,3,4\n")
+    elif kind == "too long":
+        table.write_text("step,loss\n0,1,2\n")
+    elif kind == "no number":
+        table.write_text("step,loss\nfirst,1\n")
+    elif kind == "binary":
+        table.write_bytes(b"\xff\xfe\x00\x01")
+    elif kind == "yaml":
+        table.write_text("step,loss\n0,1\n")
+        (path / "hparams.yaml").write_text("lr: [1, 2\n")
+    elif kind == "wandb":
+        (path / "run-x.wandb").write_bytes(b"something else")
+    elif kind == "records":
+        (path / "run-x.wandb").write_bytes(b":W&B\x00\x00\x00" + b"\x00\x00\x00\x00\x05\x00\x01" + b"\xff" * 5)
+    return path
+
+
+MESSAGES = {
+    "no step": "logs with a column 'step'",
+    "too short": "line 3",
+    "too long": "line 2",
+    "no number": "line 2",
+    "binary": "files that can be read",
+    "yaml": "settings that YAML can read",
+    "wandb": "files that W&B wrote",
+    "records": "W&B runs that can be read",
+    "empty": "folders with a log",
+}
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_a_file_that_cannot_be_read_is_named(kind, tmp_path):
+    path = damaged(kind, tmp_path)
+    with pytest.raises(ValueError, match=re.escape(MESSAGES[kind])) as caught:
+        report(path)
+    assert str(path) in str(caught.value)
+    assert not Path("report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"runs": 3}, TypeError, "a path, several"),
+        ({"runs": []}, ValueError, "at least one run"),
+        ({"runs": "nowhere"}, ValueError, "paths that exist"),
+        ({"smooth": 0}, ValueError, "smooth"),
+        ({"smooth": 4}, ValueError, "odd"),
+        ({"band": (1e-2, 1e-4)}, ValueError, "low < high"),
+        ({"modes": {"loss": "down"}}, ValueError, "'min' or 'max'"),
+        ({"group": "arms"}, ValueError, "has arm, lr, seed"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_the_way_out(arguments, error, words, tmp_path):
+    log = write_log(tmp_path / "run", [{"step": 0, "loss": 1}], arm="a", lr=0.1, seed=0)
+    with pytest.raises(error, match=re.escape(words)):
+        report(**{"runs": log, **arguments})
+
+
+@pytest.mark.parametrize("name", ["matplotlib.figure", "wandb.proto"])
+def test_what_is_not_installed_is_named(name, logs, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r'report needs .*pip install "lightning-tricks\[(plots|wandb)\]"'):
+        report(logs / "wandb")
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6) | st.just(math.nan) | st.just(math.inf), min_size=1, max_size=40), st.integers(0, 9)
+)
+def test_moving_average_is_the_mean_of_a_centred_window(values, radius):
+    expected = []
+    for index in range(len(values)):
+        reach = min(radius, index, len(values) - 1 - index)
+        around = [values[place] for place in range(index - reach, index + reach + 1) if math.isfinite(values[place])]
+        expected.append(sum(around) / len(around) if around else math.nan)
+    assert moving_average(values, 2 * radius + 1) == pytest.approx(expected, nan_ok=True, abs=1e-6)
+    assert moving_average(values, 2 * radius + 1, 3) == pytest.approx(expected[::3], nan_ok=True, abs=1e-6)
+
+
+def test_a_loss_that_exploded_leaves_the_average_after_it_alone():
+    assert moving_average([1.0, 1e30, 1.0, 1.0, 1.0, 1.0], 3)[3:] == [1.0, 1.0, 1.0]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200), st.integers(2, 30))
+def test_thinned_points_keep_the_spikes(values, limit):
+    series = dict(enumerate(values))
+    kept = thin(series, limit)
+    assert len(kept) <= limit
+    assert kept.items() <= series.items()
+    assert list(kept) == sorted(kept)
+    assert {min(values), max(values)} <= set(kept.values())
+
+
+@given(st.lists(st.floats(0.01, 1000), min_size=2, max_size=8, unique=True))
+def test_spread_is_mean_and_deviation(values):
+    mean, deviation = map(float, with_spread(values).split(" ± "))
+    assert deviation == pytest.approx(statistics.stdev(values), rel=0.06, abs=1e-6)
+    assert mean == pytest.approx(statistics.mean(values), rel=1e-3, abs=0.06 * statistics.stdev(values) + 1e-6)
+
+
+def test_best_and_last():
+    series = {0: 3.0, 5: 1.0, 9: math.nan, 12: 1.0, 20: 2.0}
+    assert last(series) == 2.0
+    assert best(series, "min") == (1.0, 5)
+    assert best(series, "max") == (3.0, 0)
+    assert best({0: math.nan}, "min") is None
+
+
+def test_what_is_better_is_said_by_the_user_then_the_monitor_then_the_name():
+    stopping = {"EarlyStopping": {"monitor": "val/score", "mode": "max"}}
+    run = Run("run", Path(), {}, {"tricks": stopping})
+    assert direction("val/score", [run], {}) == "max"
+    assert direction("val/score", [run], {"val/score": "min"}) == "min"
+    assert direction("val/score", [], {}) is None
+    assert [direction(key, [], {}) for key in ("val/loss", "test_acc", "val_top1", "valid/mse")] == [
+        "min",
+        "max",
+        "max",
+        "min",
+    ]
+    assert stage("classification/loss") == ("classification/loss", "")
+
+
+# ---------------------------------------------------------------------- groups
+
+
+def test_seeds_are_found_by_equal_settings(logs):
+    groups = group_runs("report", read_runs("report", logs / "csv"), None)
+    assert {group.name: [run.name for run in group.runs] for group in groups} == {
+        "arm = hot, lr = 0.8": ["hot-0", "hot-1"],
+        "arm = plain, lr = 0.05": ["plain-0", "plain-1"],
+    }
+
+
+def test_groups_by_a_setting_and_by_the_users_names(logs):
+    read = read_runs("report", logs / "csv")
+    assert [group.name for group in group_runs("report", read, "arm")] == ["hot", "plain"]
+    assert [len(group.runs) for group in group_runs("report", read, "tricks.UpdateMonitor.every_n_steps")] == [4]
+    named = read_runs("report", {"ours": logs / "csv" / "hot-0", "theirs": [logs / "csv" / f"plain-{n}" for n in "01"]})
+    assert [(group.name, len(group.runs)) for group in group_runs("report", named, None)] == [
+        ("ours", 1),
+        ("theirs", 2),
+    ]
+
+
+def test_groups_that_differ_by_their_tricks_are_called_by_them(tmp_path):
+    tricks = {"EMA": {"decay": 0.999}, "LRSchedule": {"schedule": "Linear(start=1, end=0)"}}
+    write_log(tmp_path / "a", [{"step": 0, "loss": 1}], lr=0.1)
+    write_log(tmp_path / "b", [{"step": 0, "loss": 1}], lr=0.1, tricks=tricks)
+    groups = group_runs("report", read_runs("report", tmp_path), None)
+    assert [group.name for group in groups] == ["no tricks", "EMA + LRSchedule"]
+
+
+def test_runs_without_settings_are_not_taken_for_seeds(tmp_path):
+    for name in "ab":
+        write_log(tmp_path / name, [{"step": 0, "loss": 1}])
+    assert [group.name for group in group_runs("report", read_runs("report", tmp_path), None)] == ["a", "b"]
+
+
+def test_settings_are_flattened():
+    given = {"a": {"b": {"c": 1e-7}, "d": []}, "e": None, "f": (1, 0.5), "g": {}, "h": True}
+    assert flatten(given) == {"a.b.c": "1e-07", "a.d": "none", "e": "none", "f": "1, 0.5", "g": "none", "h": "True"}
+
+
+# ---------------------------------------------------------------------- pictures
+
+
+def lines_of(axes, label=None):
+    return [line for line in axes.lines if (label is None or line.get_label() == label) and len(line.get_xdata()) > 1]
+
+
+def test_the_smoothed_curve_is_not_only_in_a_ui():
+    first = {step: float((7 * step) % 13) for step in range(0, 60, 2)}
+    second = {step: value + 1 for step, value in first.items() if step < 40}
+    panel = Panel("loss", "loss", (Curve("seeds", "#0072B2", "solid", (first, second)),))
+    picture = curves("loss", "loss", [panel], [], smooth=5)
+    (axes,) = picture.figure.axes
+    (mean,) = lines_of(axes, "seeds")
+    thin_lines = [line for line in lines_of(axes) if line is not mean]
+    averages = [moving_average(list(series.values()), 5) for series in (first, second)]
+    assert [list(line.get_ydata()) for line in thin_lines] == averages
+    # The mean ends with the first seed that ends.
+    assert list(mean.get_xdata()) == list(second)
+    expected = [(one + other) / 2 for one, other in zip(averages[0], averages[1], strict=False)]
+    assert list(mean.get_ydata()) == pytest.approx(expected)
+    points = {tuple(point) for collection in axes.collections for point in collection.get_offsets().tolist()}
+    assert points == {(step, value) for series in (first, second) for step, value in series.items()}
+    assert "moving averages of 5 points" in picture.caption
+
+
+def test_thousands_of_points_are_thinned_out_and_it_is_said():
+    series = {step: 1.0 + step % 7 for step in range(50_000)} | {31_415: 100.0}
+    picture = curves("loss", "loss", [Panel("loss", "loss", (Curve("run", "#000000", "solid", (series,)),))], [], None)
+    (axes,) = picture.figure.axes
+    offsets = axes.collections[0].get_offsets().tolist()
+    assert len(offsets) <= 600
+    assert [31_415.0, 100.0] in offsets
+    assert "of up to 50,000 a run, the lowest and the highest of each stretch" in picture.caption
+
+
+def test_events_are_marked_at_the_edge_on_the_time_axis_of_the_curves():
+    series = dict.fromkeys(range(100), 1.0)
+    panel = Panel("loss", "loss", (Curve("run", "#000000", "solid", (series,)),))
+    picture = curves("loss", "loss", [panel], [("early_stopping", "#333333", [42])], None)
+    (axes,) = picture.figure.axes
+    marks = [line for line in axes.lines if line.get_marker() == "v" and len(line.get_xdata())]
+    assert [(list(line.get_xdata()), list(line.get_ydata())) for line in marks] == [([42], [1.0])]
+    (legend,) = picture.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["run", "early stopping"]
+    picture.figure.draw_without_rendering()
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())  # outside of the data
+
+
+def measured(folder, names, steps=50):
+    rows = [
+        {"step": step, **{f"update_ratio/{name}": 10.0 ** (-5 + index) for index, name in enumerate(names)}}
+        for step in range(steps)
+    ]
+    write_log(folder, rows)
+    return group_runs("report", read_runs("report", folder), None)
+
+
+def test_layers_stand_against_the_band_in_the_order_of_their_numbers(tmp_path):
+    groups = measured(tmp_path / "run", ["layers.2", "layers.10", "layers.1"])
+    (picture,) = layers("x", "Update ratio", "ratio", groups, "update_ratio", (1e-4, 1e-2))
+    axes = picture.figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["layers.1", "layers.2", "layers.10"]
+    array = axes.collections[0].get_array().reshape(3, 50)
+    assert array[:, 0].tolist() == pytest.approx([1e-3, 1e-5, 1e-4])
+    assert "below the band: layers.2." in picture.caption
+    colours = axes.collections[0].cmap(axes.collections[0].norm([1e-5, 2e-4, 5e-3, 1e-1]))
+    blue, red = colours[:, 2], colours[:, 0]
+    assert blue[0] > red[0]
+    assert red[3] > blue[3]
+    assert (abs(colours[1:3, 0] - colours[1:3, 2]) < 0.02).all()  # grey within
+
+
+def test_names_of_thirty_layers_do_not_overlap(tmp_path):
+    names = [f"backbone.encoder.blocks.{index}.attention.projection" for index in range(30)]
+    groups = measured(tmp_path / "run", names, steps=3)
+    (picture,) = layers("x", "Update ratio", "ratio", groups, "update_ratio", (1e-40, 1e2))
+    picture.figure.draw_without_rendering()
+    axes = picture.figure.axes[0]
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert len(boxes) == 30
+    assert min(box.x0 for box in boxes) >= 0
+    tops = sorted((box.y0, box.y1) for box in boxes)
+    assert all(upper[0] >= lower[1] - 1 for lower, upper in pairwise(tops))
+
+
+def test_zeros_infinities_and_what_is_no_number_have_a_colour(tmp_path):
+    rows = [
+        {"step": step, "update_ratio/a": value, "update_ratio/b": 1e-3}
+        for step, value in enumerate([0, math.inf, math.nan])
+    ]
+    write_log(tmp_path / "run", rows)
+    groups = group_runs("report", read_runs("report", tmp_path), None)
+    (picture,) = layers("x", "Update ratio", "ratio", groups, "update_ratio", (1e-4, 1e-2))
+    array = picture.figure.axes[0].collections[0].get_array().reshape(2, 3)
+    assert bool(array.mask[0, 2])
+    assert array[0, :2].tolist() == pytest.approx([1e-6, 1.0])
+    assert "Grey: not logged, or not a number." in picture.caption
+
+
+@pytest.mark.parametrize(
+    ("quantity", "values", "scale", "ends"),
+    [
+        ("activation_zeros", [0.01, 0.9], "linear", (0, 1)),
+        ("activation_mean", [-0.5, 1.5], "linear", (-0.5, 1.5)),
+        ("grad_norm", [1e-4, 1.0], "log", (1e-4, 1.0)),
+        ("weight_norm", [3.0, 3.0], "linear", (2.5, 3.5)),
+    ],
+)
+def test_groups_share_a_scale_of_colours(quantity, values, scale, ends, tmp_path):
+    for name, value in zip("ab", values, strict=True):
+        write_log(tmp_path / name, [{"step": step, f"{quantity}/head": value} for step in range(2)])
+    groups = group_runs("report", read_runs("report", tmp_path), None)
+    found = list(layers("x", "Layers", QUANTITIES[quantity][1], groups, quantity))
+    assert [picture.name for picture in found] == ["x-a", "x-b"]
+    for picture in found:
+        norm = picture.figure.axes[0].collections[0].norm
+        assert (norm.vmin, norm.vmax) == pytest.approx(ends)
+        assert isinstance(norm, LogNorm) == (scale == "log")
+
+
+# ---------------------------------------------------------------------- the page
+
+
+@pytest.fixture(scope="module")
+def page(logs, tmp_path_factory):
+    return report(logs / "csv", tmp_path_factory.mktemp("page") / "report.html", group="arm")
+
+
+def test_the_page_is_whole_and_its_pictures_lie_beside_it(page):
+    source = page.read_text()
+    embedded = [base64.b64decode(text) for text in re.findall(r'src="data:image/png;base64,([^"]+)"', source)]
+    beside = sorted(path.read_bytes() for path in (page.parent / "report_pictures").glob("*.png"))
+    assert sorted(embedded) == beside
+    names = {path.stem for path in (page.parent / "report_pictures").glob("*.png")}
+    assert {"loss", "lr-SGD", "weight_decay", "update_ratio", "grad_norm", "update_ratio-layers-hot"} <= names
+    without = re.sub(r'src="data:[^"]+"', "", source)
+    assert not re.findall(r"https?:|<script|<link rel=.stylesheet|@import|url\(", without)
+
+
+def test_results_are_means_and_spreads_of_what_was_logged(page, logs):
+    text = re.sub(r"\s+", " ", text_of(page))
+    for arm in ARMS:
+        tables = []
+        for seed in range(2):
+            with (logs / "csv" / f"{arm}-{seed}" / "metrics.csv").open(newline="") as file:
+                tables.append([float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]])
+        assert with_spread([values[-1] for values in tables]) in text
+        assert f"best {with_spread([min(values) for values in tables])}" in text
+    assert "4 runs in 2 groups of runs that differ by their seed: hot (2), plain (2)." in text
+
+
+def test_tricks_settings_events_and_what_is_missing_are_in_words(page):
+    text = re.sub(r"\s+", " ", text_of(page))
+    for words in (
+        "early stopping hot-0",
+        "LRSchedule.schedule WarmupCosine(warmup=0.25, end=0)",
+        "EarlyStopping.patience 1",
+        "By what the groups differ: hot plain arm hot plain lr 0.8 0.05",
+        "Activations: nothing was logged; ActivationMonitor logs them.",
+    ):
+        assert words in text
+
+
+def test_a_run_with_little_in_it_still_has_a_report(tmp_path):
+    write_log(tmp_path / "run", [{"step": 0, "val/score": 0.5}])
+    text = text_of(report(tmp_path / "run", tmp_path / "out" / "little.html"))
+    for words in ("One run: run.", "0.5", "No settings were logged.", "Learning curves: no metric was logged at two"):
+        assert words in text
+    assert "Whether low or high is better is not known of val/score" in text
+    assert list((tmp_path / "out" / "little_pictures").iterdir()) == []
+
+
+def test_names_are_text_and_not_html_or_mathematics(tmp_path):
+    name = "<script>alert(1)</script> & $x_$ _"
+    rows = [{"step": step, "val/$a$ <b>": step, "update_ratio/$_$": 1e-3} for step in range(3)]
+    groups = {name: write_log(tmp_path / "a", rows), "_hidden": write_log(tmp_path / "b", rows)}
+    source = report(groups, tmp_path / "report.html").read_text()
+    assert "<script>" not in source
+    assert html.escape(name) in source
+
+
+def test_values_that_are_not_finite_are_said(tmp_path):
+    rows = [{"step": step, "train/loss": value} for step, value in enumerate([1.0, math.nan, math.inf, 0.5])]
+    text = text_of(report(write_log(tmp_path / "run", rows), tmp_path / "report.html"))
+    assert "2 values are not finite and not drawn." in text
+
+
+def test_wandb_runs_beside_csv_logs_are_not_counted_twice(logs, tmp_path):
+    runs = read_runs("report", logs)
+    assert len(runs) == 4
+    assert "2 W&B run(s)" in runs[0].notes[0]
+
+
+def test_training_and_validation_of_one_run_are_in_one_picture(logs):
+    read = read_runs("report", logs / "csv")
+    assert by_metric(read) == {"loss": ["train/loss", "val/loss"]}
+    (one,) = learning_curves(group_runs("report", read[:1], None), None)
+    assert [axes.get_title() for axes in one.figure.axes] == ["loss"]
+    assert {"training", "validation"} <= {line.get_label() for line in one.figure.axes[0].lines}
+    (several,) = learning_curves(group_runs("report", read, "arm"), None)
+    assert [axes.get_title() for axes in several.figure.axes] == ["loss, training", "loss, validation"]
+    for axes in several.figure.axes:
+        assert {"hot", "plain"} <= {line.get_label() for line in axes.lines}
+
+
+# ---------------------------------------------------------------------- in a browser
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+MEASURE = """
+<script>window.addEventListener("load", () => {
+  const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1
+    && !e.closest(".table, .wide")).map(e => e.outerHTML.slice(0, 80));
+  const found = {width: innerWidth, scroll: document.documentElement.scrollWidth, wide: wide,
+    pictures: [...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth, i.alt]),
+    asked: performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:")),
+    text: document.body.innerText, ink: getComputedStyle(document.body).color,
+    paper: getComputedStyle(document.body).backgroundColor};
+  parent.postMessage(JSON.stringify(found), "*"); });</script></body>"""
+# A window has a least width that is more than a phone's; a frame has none. It has its frame's colours.
+FRAME = """<!DOCTYPE html><html style="color-scheme: light dark"><pre id="measured"></pre><script>
+addEventListener("message", event => document.getElementById("measured").textContent = event.data)</script>
+<iframe src="measured.html" style="border: 0; width: %dpx; height: 900px"></iframe></html>"""
+
+
+def browse(page, width, dark=False):
+    """What a browser of that width makes of the page, and what it complains about."""
+    page.with_name("measured.html").write_text(page.read_text().replace("</body>", MEASURE))
+    frame = page.with_name("frame.html")
+    frame.write_text(FRAME % width)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+    options += ["--window-size=1400,1000", "--enable-logging=stderr", f"--user-data-dir={page.parent / 'profile'}"]
+    options += ["--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000"]
+    options += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    command = [BROWSER, *options, "--dump-dom", frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    (measured,) = re.findall(r'(?s)<pre id="measured">(.*?)</pre>', done.stdout)
+    return json.loads(html.unescape(measured)), re.findall(r".*CONSOLE.*", done.stderr)
+
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
+
+
+def brightness(colour):
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
+def test_the_page_reads_well_in_a_browser(page, width, dark):
+    seen, complaints = browse(page, width, dark)
+    assert complaints == []
+    assert seen["asked"] == []
+    assert seen["width"] == width
+    assert seen["scroll"] <= width
+    assert seen["wide"] == []
+    assert len(seen["pictures"]) == len(list((page.parent / "report_pictures").glob("*.png"))) > 8
+    assert all(complete and natural > 400 and shown > 300 and alt for complete, natural, shown, alt in seen["pictures"])
+    for heading in ("Training report", "Results", "Learning curves", "Updates", "Gradients", "Events", "Settings"):
+        assert heading in seen["text"]
+    contrast = brightness(seen["paper"]) - brightness(seen["ink"])
+    assert (contrast < -150) if dark else (contrast > 150)
+
+
+@needs_browser
+def test_the_browser_test_sees_what_is_wrong(tmp_path):
+    broken = tmp_path / "broken.html"
+    wrong = '<p style="width: 3000px">x</p><img src="data:image/png;base64,AAAA" alt="x">'
+    broken.write_text(f"<!DOCTYPE html><body>{wrong}<script>console.error('oops')</script></body></html>")
+    seen, complaints = browse(broken, 800)
+    assert len(complaints) == 1
+    assert "oops" in complaints[0]
+    assert seen["scroll"] > 800
+    assert seen["wide"]
+    assert seen["pictures"][0][1] == 0
