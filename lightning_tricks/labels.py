@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 MOST_COMPONENTS = 8
-"""Of labels before equal ones are merged, for which the host waits for the device: three mixings come without."""
+"""Of labels on a GPU before equal ones are merged, for which the host waits: three mixings come without."""
 
 
 def mix_labels(labels: Tensor, weight: Tensor, permutation: Tensor) -> Tensor:
@@ -35,8 +35,9 @@ def mix_labels(labels: Tensor, weight: Tensor, permutation: Tensor) -> Tensor:
         weight: (N,) share of the original sample, in [0, 1].
         permutation: (N,) int64, partner of each sample.
     Returns:
-        MixedLabels of integers; a floating tensor of floating targets. Mixing again adds components; more than eight
-        are merged where labels are equal, to as many as there are classes at most.
+        MixedLabels of integers; a floating tensor of floating targets. What is mixed again has as
+        many components as a sample has different labels, at most as there are classes; on a GPU up to eight are left
+        unmerged, since it would be waited for.
     Example:
         >>> mix_labels(torch.tensor([0.0, 1.0]), torch.tensor([0.75, 0.5]), torch.tensor([1, 0]))
         tensor([0.2500, 0.5000])
@@ -52,7 +53,7 @@ def mix_labels(labels: Tensor, weight: Tensor, permutation: Tensor) -> Tensor:
     components = tuple(part._replace(share=part.share * share) for part in own)
     components += tuple(part._replace(share=part.share * (1 - share)) for part in partner)
     mixed = MixedLabels._of(components, labels._prior, used=labels._used)
-    if len(components) <= MOST_COMPONENTS:
+    if len(components) <= (2 if mixed.device.type == "cpu" else MOST_COMPONENTS):
         return mixed
     return MixedLabels._of(merged(components), labels._prior, mixed._plain, labels._used)
 

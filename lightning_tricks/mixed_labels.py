@@ -121,7 +121,7 @@ class MixedLabels(Tensor):
     def components(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """The (labels, share) pairs whose one-hot codes add up to the unsmoothed target; the original ones come first.
 
-        More than eight components, after a fourth mixing, are merged where labels are equal, in no order.
+        Labels that were mixed again are merged where they are equal, in the order of the labels.
         """
         return tuple((own, share) for own, share, _ in self._components)
 

@@ -1,7 +1,8 @@
 """Cross-entropy of labels that were mixed and smoothed, and of dense targets, with one normalisation for both."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -234,17 +235,22 @@ def _epsilons(parts: list[Component], size: torch.Size) -> float | Tensor:
 # ---------------------------------------------------------------------- the loss
 
 
-def _losses(log_probs: Tensor, target: _Target) -> Tensor:
-    """The loss of each label, by operations that autograd knows. A class without a share may have probability 0."""
+def _losses(values: Tensor, target: _Target, shift: Callable[[Tensor], Tensor] = lambda values: values) -> Tensor:
+    """The loss of each label, by operations that autograd knows. A class without a share may have probability 0.
+
+    What `shift` makes of the values, (N, n, d1, ...), are log-probabilities; it is asked for those alone that count.
+    """
     losses = torch.zeros_like(target.mass)
     if target.labels is not None and target.points is not None:
-        losses = losses - _times(log_probs.gather(1, target.labels), target.points)
+        losses = losses - _times(shift(values.gather(1, target.labels)), target.points)
     if target.even is not None:
-        weights = None if target.weights is None else _along(target.weights / log_probs.shape[1], log_probs)
-        value = log_probs.mean(1) if weights is None else _times(log_probs, weights)
+        if target.weights is None:
+            value = shift(values.mean(1, keepdim=True)).squeeze(1)
+        else:
+            value = _times(shift(values), _along(target.weights / values.shape[1], values))
         losses = losses - torch.where(target.even == 0, 0, target.even * value)
     if target.spread is not None or target.dense is not None:
-        losses = losses - _times(log_probs, _further(target, log_probs))
+        losses = losses - _times(shift(values), _further(target, values))
     return losses
 
 
@@ -318,11 +324,11 @@ class _InChunks(torch.autograd.Function):
         with torch.autocast(logits.device.type, enabled=False):
             for part, own, out, kept in _chunks(logits, target, losses, ctx.kept):
                 if kept is None:
-                    log_probs = torch.log_softmax(part, dim=1, dtype=losses.dtype)
+                    out.copy_(_losses(torch.log_softmax(part, dim=1, dtype=losses.dtype), own))
                 else:  # without a second exponential: the largest probability is at least 1 / K
                     torch.softmax(part, dim=1, out=kept)
-                    log_probs = (part - part.amax(1, keepdim=True)).add_(kept.amax(1, keepdim=True).log_())
-                out.copy_(_losses(log_probs, own))
+                    shift = partial(_as_log_probs, part.amax(1, keepdim=True), kept.amax(1, keepdim=True).log_())
+                    out.copy_(_losses(part, own, shift))
         return losses
 
     @staticmethod
@@ -342,6 +348,11 @@ class _InChunks(torch.autograd.Function):
                 if work is not out:
                     out.copy_(work)
         return result, None
+
+
+def _as_log_probs(top: Tensor, log_top: Tensor, logits: Tensor) -> Tensor:
+    """Log-probabilities of logits, given the largest logit of each label and the logarithm of its probability."""
+    return (logits - top).add_(log_top)
 
 
 def _chunks(logits: Tensor, target: _Target, numbers: Tensor, others: Tensor | None) -> Iterable[Any]:

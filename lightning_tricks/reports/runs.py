@@ -95,7 +95,8 @@ def _read_below(owner: str, path: Path, group: str | None) -> list[Run]:
     parts: dict[str, list[Path]] = {}
     for file in offline:
         parts.setdefault(file.stem, []).append(file)
-    return [_read_offline(owner, files, group) for files in parts.values()]
+    read = [_read_offline(owner, files, group) for files in parts.values()]
+    return sorted(read, key=lambda run: natural(run.name))  # of two runs of one second the folders say no order
 
 
 def _below(folder: Path, pattern: str) -> list[Path]:
