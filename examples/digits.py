@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import wandb
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -193,6 +193,54 @@ def pairs(axes: Axes, records: dict[str, list[Record]]) -> None:
     axes.grid(axis="y", alpha=0.2)
 
 
+# ---------------------------------------------------------------------- which of them it was
+
+
+def ablated() -> dict[str, Callback]:
+    """The tricks that are tried one at a time."""
+    return {
+        "schedule": lt.LRSchedule(lt.WarmupCosine(0.1)),
+        "EMA": lt.EMA(lt.HalfLife("1ep")),
+        "mixing": lt.BatchTransforms([lt.Cutout(3), lt.Mixup(0.2), lt.LabelSmoothing(0.1)]),
+    }
+
+
+def build(seed: int, callbacks: list[Callback], logger: list[Logger]) -> tuple[object, ...]:
+    """A short training of the same module, for `lt.ablate`, which runs it in processes of its own."""
+    quieten()
+    torch.set_num_threads(1)
+    trainer = L.Trainer(
+        accelerator="auto",
+        devices=1,
+        max_epochs=10,
+        callbacks=callbacks,
+        logger=logger,
+        log_every_n_steps=LOG_EVERY,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    return trainer, DigitsNet(), *loaders(seed)
+
+
+def ablation(options: argparse.Namespace) -> str:
+    """What each trick does by itself, in a short training."""
+    folder = options.output / "ablation"
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier demo
+    found = lt.ablate(
+        build,
+        ablated(),
+        metric="test/accuracy",
+        mode="max",
+        evaluate="test",
+        design="one-at-a-time",
+        seeds=1 if options.fast else options.seeds,
+        folder=folder,
+        processes=1 if options.fast else 2,
+    )
+    return str(found)
+
+
 # ---------------------------------------------------------------------- the command
 
 
@@ -245,9 +293,11 @@ def main() -> None:
             print(f"\n{arm}, seed {seed} of 0 to {options.seeds - 1}", flush=True)
             records[arm].append(train(arm, seed, options))
     picture(records, options.output / "curves.png")
+    lt.report(options.output / "csv", options.output / "report.html", group="arm", title="Digits, with tricks or not")
     text = table(records)
     (options.output / "table.md").write_text(text)
-    print(f"\n{text}\nWritten to {options.output} in {time.monotonic() - began:.0f} s.")
+    print(f"\n{text}\nOne trick at a time, in 10 epochs:\n\n{ablation(options)}")
+    print(f"\nWritten to {options.output} in {time.monotonic() - began:.0f} s.")
     if os.environ["WANDB_MODE"] == "offline":
         print(f"To upload the W&B runs: wandb sync {options.output}/wandb/offline-run-*")
 

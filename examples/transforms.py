@@ -55,12 +55,11 @@ ARMS: dict[str, Chain] = {
 
 
 class Score(NamedTuple):
-    """Accuracy (%) and cross-entropy (nats) of judged pictures, accuracy (%) of the trained ones, seconds of `fit`."""
+    """Accuracy (%) and cross-entropy (nats) of judged pictures, accuracy (%) of the trained ones."""
 
     accuracy: float
     loss: float
     trained: float
-    seconds: float
 
 
 class Net(L.LightningModule):
@@ -120,13 +119,11 @@ def train(name: str, seed: int, parts: tuple[TensorDataset, TensorDataset], epoc
         limit_val_batches=0,
     )
     order = torch.Generator().manual_seed(seed)
-    began = time.monotonic()
     trainer.fit(module, DataLoader(trained, BATCH, shuffle=True, drop_last=True, generator=order))
-    seconds = time.monotonic() - began
     trainer.limit_val_batches = 1.0
     (on_judged,) = trainer.validate(module, DataLoader(judged, 500), verbose=False)
     (on_trained,) = trainer.validate(module, DataLoader(trained, 500), verbose=False)
-    return Score(100 * on_judged["accuracy"], on_judged["loss"], 100 * on_trained["accuracy"], seconds)
+    return Score(100 * on_judged["accuracy"], on_judged["loss"], 100 * on_trained["accuracy"])
 
 
 # ---------------------------------------------------------------------- what came of it
@@ -136,8 +133,8 @@ def table(results: dict[str, list[Score]]) -> str:
     """Means over the seeds, and the paired differences to the first row, as Markdown."""
     (reference, base), *_ = results.items()
     lines = [
-        "| transforms | accuracy (%) | difference | cross-entropy | difference | on trained pictures (%) | time |",
-        "|---|---|---|---|---|---|---|",
+        "| transforms | accuracy (%) | difference | cross-entropy | difference | on trained pictures (%) |",
+        "|---|---|---|---|---|---|",
     ]
     for name, scores in results.items():
         cells = [name]
@@ -149,8 +146,6 @@ def table(results: dict[str, list[Score]]) -> str:
                 "" if name == reference else difference([a - b for a, b in pairs], digits),
             ]
         cells.append(f"{statistics.mean(score.trained for score in scores):.1f}")
-        ratios = [score.seconds / first.seconds for score, first in zip(scores, base, strict=True)]
-        cells.append(f"{statistics.median(ratios):.2f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -173,8 +168,7 @@ def page(results: dict[str, list[Score]], options: argparse.Namespace) -> str:
         " earn their keep in long trainings of large networks: where the pictures that were trained on are not yet"
         " learnt by heart, making them harder is no help.",
         "Strengths are the papers' or the usual ones of CIFAR-10 and were not tuned here.",
-        "Time: seconds of `fit` in proportion to those of the first row, median over the seeds; one process among"
-        " others, so the second digit is noise.",
+        "What a transform costs is measured in `benchmarks/`.",
         f"{'CPU, one thread' if not torch.cuda.is_available() else torch.cuda.get_device_name()};"
         f" Python {platform.python_version()}, {versions}.",
     ]
@@ -223,7 +217,7 @@ def main() -> None:
         began = time.monotonic()
         for name, scores in results.items():
             scores.append(train(name, seed, parts, options.epochs))
-            print(f"seed {seed}, {name}: {scores[-1].accuracy:.2f} %, {scores[-1].seconds:.0f} s", flush=True)
+            print(f"seed {seed}, {name}: {scores[-1].accuracy:.2f} %", flush=True)
         print(f"seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
     text = page(results, options)
     print(f"\n{text}", end="")

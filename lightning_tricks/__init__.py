@@ -1,6 +1,7 @@
 """The tricks of training neural networks, as callbacks for an unchanged PyTorch Lightning module."""
 
 from lightning_tricks import callbacks, functional, transforms
+from lightning_tricks.ablations import ablate
 from lightning_tricks.averages import load_average
 from lightning_tricks.callbacks import (
     EMA,
@@ -116,6 +117,7 @@ __all__ = [
     "Warmup",
     "WarmupCosine",
     "WarmupStableDecay",
+    "ablate",
     "callbacks",
     "find_lr",
     "functional",

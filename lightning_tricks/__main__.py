@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
+from lightning_tricks.ablations import command
 from lightning_tricks.functional.schedules import SCHEDULES, parse
 from lightning_tricks.plots import plot_schedule, sample_schedule, text_picture
 from lightning_tricks.reports import report
@@ -28,10 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     page.set_defaults(
         run=lambda given: print(report(given.runs, given.out, group=given.group, title=given.title)), parser=page
     )
+    words = "Train with and without each trick, and say what each does and costs."
+    ablation = commands.add_parser("ablate", help="train with and without each trick", description=words)
+    command.add_options(ablation)
+    ablation.set_defaults(run=command.run, parser=ablation)
     given = parser.parse_args(arguments)
     try:
         given.run(given)
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         given.parser.error(str(error))
 
 

@@ -90,6 +90,18 @@ def alert(trainer: pl.Trainer, title: str, text: str) -> None:
         run.alert(title=title, text=text, level="WARN", wait_duration=0.001)  # 0 would be a minute without alerts
 
 
+def trial_logger(project: str, group: str, name: str, folder: Path) -> WandbLogger:
+    """A logger of one of several runs that belong together.
+
+    Args:
+        project: of Weights & Biases.
+        group: name of what they belong to.
+        name: of the run.
+        folder: where it is written.
+    """
+    return WandbLogger(name=name, save_dir=folder, project=project, group=group)
+
+
 def _wandb_runs(trainer: pl.Trainer) -> list[Any]:
     """The runs of this trainer; on other ranks than the first none, where asking for one must not make one."""
     if not trainer.is_global_zero:

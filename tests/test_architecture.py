@@ -12,6 +12,7 @@ import lightning_tricks as lt
 ROOT = Path(lt.__file__).parent
 LAYERS = {"functional", "dispatch", "one_hot", "labels", "losses", "transforms", "loggers", "plots", "callbacks"}
 LAYERS |= {
+    "ablations",
     "mixed_labels",
     "initialization",
     "reports",
@@ -45,6 +46,7 @@ MAY_IMPORT = {
         "rollback",
         "callbacks",
     },
+    "ablations": {"functional", "callbacks", "loggers", "plots", "reports", "ablations"},
     "averages": {"functional", "callbacks"},
     "ensembles": {"functional"},
     "lr_finder": {"functional", "callbacks", "plots", "rollback"},
@@ -53,7 +55,7 @@ MAY_IMPORT = {
     "reports": {"functional", "plots", "reports"},
     "wandb_report": {"functional", "reports"},
     "rollback": set(),
-    "__main__": {"functional", "plots", "reports"},
+    "__main__": {"ablations", "functional", "plots", "reports"},
     "__init__": LAYERS,
 }
 OUTSIDE = {
@@ -66,6 +68,7 @@ OUTSIDE = {
     "transforms": {"torch"},
     "loggers": {"torch", "lightning"},
     "plots": {"matplotlib"},
+    "ablations": {"torch", "lightning", "matplotlib"},
     "averages": {"torch", "lightning"},
     "callbacks": {"torch", "torchmetrics", "lightning"},
     "ensembles": {"torch"},
@@ -176,6 +179,7 @@ PUBLISHED = {
     "UpdateMonitor": "Karpathy",
     "Warmed": "Crowson",
     "SoftTargetCrossEntropy": "1503.02531",
+    "ablate": "2103.03098",
     "find_lr": "1506.01186",
     "greedy_soup": "2203.05482",
     "lsuv_init": "1511.06422",

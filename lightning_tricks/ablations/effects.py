@@ -1,0 +1,154 @@
+"""What the trials of an ablation say: means, paired differences with their intervals, costs."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from statistics import fmean, median, stdev
+from typing import Literal
+
+from lightning_tricks.ablations.designs import BASELINE, MEANING, Design, Kind
+from lightning_tricks.ablations.trials import Result
+from lightning_tricks.functional.bootstrap import LEAST, bootstrap_interval
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a trick did to the score, and what it cost.
+
+    Args:
+        differences: a seed each, of the score with it less the score without it.
+        interval: ends of the 95 % interval of their mean; infinite with fewer than 3 seeds.
+        time: wall-clock time of `fit` that it adds, as a share of the baseline's (median over seeds).
+        memory: peak memory that it adds (bytes, median over seeds); None where the system does not tell.
+        helps: whether the interval says so: True, False where it harms, None where it holds 0.
+    Example:
+        >>> Effect((1.0, 2.0, 3.0), (0.5, 3.5), time=0.05, memory=None, helps=True).difference
+        2.0
+    """
+
+    differences: tuple[float, ...]
+    interval: tuple[float, float]
+    time: float
+    memory: float | None
+    helps: bool | None
+
+    @property
+    def difference(self) -> float:
+        """Mean over the seeds."""
+        return fmean(self.differences)
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What came of an ablation; `print` shows its tables.
+
+    Args:
+        metric: name of the score.
+        mode: "min" or "max", what is better.
+        design: "one-at-a-time", "leave-one-out" or "full": says what a difference is.
+        results: variant -> seed -> score, steps, seconds and memory of a finished trial.
+        effects: trick -> what it did.
+        unfinished: ids of trials that are still to be trained.
+        failed: id -> error, of trials that were tried and failed.
+    Example:
+        >>> ablation = Ablation("val/loss", "min", "full", results={}, effects={}, unfinished=("baseline-seed0",))
+        >>> "1 trial is unfinished: baseline-seed0" in str(ablation)
+        True
+    """
+
+    metric: str
+    mode: Literal["min", "max"]
+    design: Kind
+    results: Mapping[str, Mapping[int, Result]]
+    effects: Mapping[str, Effect]
+    unfinished: tuple[str, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([*self._scores(), "", *self._effects(), "", *self._notes()]) + "\n"
+
+    def _scores(self) -> Iterator[str]:
+        yield f"| {self.metric} | mean | standard deviation | each seed | optimizer steps | seconds |"
+        yield "|---|---|---|---|---|---|"
+        for name, runs in self.results.items():
+            if runs:
+                scores = [run.score for run in runs.values()]
+                spread = f"{stdev(scores):.2g}" if len(scores) > 1 else "-"
+                each = ", ".join(f"{score:.4g}" for score in scores)
+                steps = sorted({run.steps for run in runs.values()})
+                counts = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+                seconds = median(run.seconds for run in runs.values())
+                yield f"| {name} | {fmean(scores):.4g} | {spread} | {each} | {counts} | {seconds:.3g} |"
+
+    def _effects(self) -> Iterator[str]:
+        yield "| trick | paired difference | 95 % interval | what it says | time | peak memory |"
+        yield "|---|---|---|---|---|---|"
+        for name, effect in self.effects.items():
+            low, high = effect.interval
+            word = {True: "helps", False: "harms", None: "no effect seen"}[effect.helps]
+            memory = "-" if effect.memory is None else f"{effect.memory / 2**20:+.1f} MiB"
+            costs = f"{effect.time:+.1%} | {memory}"
+            interval = f"{low:+.3g} to {high:+.3g}" if math.isfinite(high) else "unknown"
+            yield f"| {name} | {effect.difference:+.3g} | {interval} | {word} | {costs} |"
+
+    def _notes(self) -> Iterator[str]:
+        better = {"min": "Lower", "max": "Higher"}[self.mode]
+        yield f"Difference: {self.metric} {MEANING[self.design]}, at the same seed. {better} is better."
+        yield "Interval: smoothed bootstrap-t over the seeds. Of twenty tricks without effect, one seems to have one."
+        yield "Time and memory: the same differences, medians over the seeds, time as a share of the baseline's."
+        pairs = {len(effect.differences) for effect in self.effects.values()}
+        if pairs:
+            yield f"Pairs of trainings: {' to '.join(str(count) for count in sorted({min(pairs), max(pairs)}))}."
+        if any(math.isinf(effect.interval[1]) for effect in self.effects.values()):
+            yield f"An interval is unknown with fewer than {LEAST} pairs, and where a training diverged."
+        if self.unfinished:
+            count = len(self.unfinished)
+            yield f"{count} trial{'s are' if count > 1 else ' is'} unfinished: {', '.join(self.unfinished)}."
+        for trial, error in self.failed.items():
+            yield f"{trial} failed: {error}"
+
+
+def find_effects(
+    design: Design, results: Mapping[str, Mapping[int, Result]], mode: Literal["min", "max"]
+) -> dict[str, Effect]:
+    """Compare trainings of the same seed.
+
+    Args:
+        design: what is compared.
+        results: variant -> seed -> result. A seed counts where neither a training of a comparison nor the baseline is
+            missing.
+        mode: "min" or "max".
+    Returns:
+        What is compared -> its effect; a comparison without any seed is left out.
+    """
+    effects = {}
+    for name, weights in design.contrasts.items():
+        needed = [set(results.get(variant, ())) for variant in (*weights, BASELINE)]
+        seeds = sorted(set.intersection(*needed))
+        if seeds:
+            runs = [{variant: results[variant][seed] for variant in (*weights, BASELINE)} for seed in seeds]
+            effects[name] = _effect(weights, runs, mode)
+    return effects
+
+
+def _effect(weights: Mapping[str, float], seeds: list[dict[str, Result]], mode: str) -> Effect:
+    """One comparison, from what each seed came to."""
+
+    def contrast(quantity: Callable[[Result], float]) -> list[float]:
+        return [sum(weight * quantity(runs[variant]) for variant, weight in weights.items()) for runs in seeds]
+
+    scores = contrast(lambda run: run.score)
+    low, high = _interval(scores)
+    better = None if low <= 0 <= high else (low > 0) == (mode == "max")
+    bases = [runs[BASELINE].seconds for runs in seeds]
+    times = [time / base for time, base in zip(contrast(lambda run: run.seconds), bases, strict=True)]
+    told = all(runs[variant].memory is not None for runs in seeds for variant in weights)
+    memory = median(contrast(lambda run: run.memory or 0)) if told else None
+    return Effect(tuple(scores), (low, high), median(times), memory, better)
+
+
+def _interval(scores: list[float]) -> tuple[float, float]:
+    """Nothing is known of too few seeds, nor of a training that diverged."""
+    if len(scores) < LEAST or not all(map(math.isfinite, scores)):
+        return -math.inf, math.inf
+    return bootstrap_interval(scores)

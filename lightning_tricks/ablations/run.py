@@ -1,0 +1,215 @@
+"""`ablate`: runs the trials that are missing, and writes what all of them say."""
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lightning_tricks.ablations.designs import ALL, BASELINE, WITHOUT, Kind, make_design
+from lightning_tricks.ablations.effects import Ablation, find_effects
+from lightning_tricks.ablations.pictures import forest
+from lightning_tricks.ablations.training import is_first_rank, run_trial
+from lightning_tricks.ablations.trials import TRIALS, Build, Plan, Result, Trick, make_callbacks, trial_id
+from lightning_tricks.callbacks.run_folder import write_whole
+from lightning_tricks.functional.checks import check_count, message
+from lightning_tricks.plots import new_figure
+from lightning_tricks.reports import report
+
+TABLE, FOREST, REPORT = "table.md", "forest.png", "report.html"
+
+
+def ablate(
+    build: Build,
+    tricks: Mapping[str, Trick],
+    *,
+    metric: str,
+    mode: Literal["min", "max"],
+    seeds: int | Sequence[int] = 5,
+    design: Kind = "leave-one-out",
+    folder: str | PathLike[str] = "ablation",
+    evaluate: Literal["validate", "test"] = "validate",
+    processes: int = 1,
+    project: str | None = None,
+    trials: Sequence[str] | None = None,
+) -> Ablation:
+    """Train with and without each trick, at the same seeds and budget, and say what each does and costs.
+
+    A trial seeds everything, calls `build`, fits, and evaluates the weights that `fit` left. Its result is a small file
+    in `folder`, written when it is whole: a call after a kill, an error, or with more seeds trains only what is missing
+    (a trial that was in the middle begins anew). Afterwards `folder` has `table.md`, `forest.png`, `report.html` and a
+    CSV log for each trial.
+
+    Args:
+        build: (seed, callbacks, logger) -> (trainer, module, train_loader, val_loader, test_loader), or one datamodule
+            in place of the loaders, or none where the module has them. It gives `callbacks` and `logger` to the
+            Trainer, and the same budget to all.
+        tricks: name -> a callback, a list of them (each trial gets copies), or a function that makes these.
+        metric: what `validation_step` or `test_step` logs, as `"val/accuracy"`.
+        mode: "min" or "max", what of it is better.
+        seeds: number of seeds, from 0 on, or the seeds. An interval needs 3; that of 5 is wide, of 10 much less.
+        design: "leave-one-out" trains the baseline, all tricks, and all but each; "one-at-a-time" the baseline and each
+            alone; "full" all combinations of at most 6 tricks.
+        folder: of this ablation. Its name is the group of the runs in W&B.
+        evaluate: "validate" or "test".
+        processes: how many train at a time, on this machine. Above 1 all that is given must be importable.
+        project: W&B project that the runs are logged to as well; None for none.
+        trials: ids of those to run, for a launcher of your own; the tables are written once all are there. None for
+            all, `[]` for none.
+    Returns:
+        Results and effects of the finished trials; `print` it.
+    Raises:
+        TypeError, ValueError: an argument out of range; a folder whose trials were trained with other settings.
+        RuntimeError: trials that failed, once all others are finished and written.
+        ImportError: matplotlib is not installed.
+    References:
+        Bouthillier et al., "Accounting for Variance in Machine Learning Benchmarks", 2021, arXiv:2103.03098.
+    Example:
+        >>> from lightning_tricks import EMA, ablate
+        >>> ablate(lambda seed, callbacks, logger: None, {"EMA": EMA()}, metric="val/loss", mode="lowest")
+        Traceback (most recent call last):
+        ValueError: ablate: mode must be 'min' or 'max', got 'lowest'. Say what of the metric is better.
+    """
+    plan = _planned(build, tricks, metric, mode, seeds, design, folder, evaluate, project)
+    check_count("ablate", "processes", processes, 1, "processes", "1 trains in this one")
+    chosen = _chosen(plan, trials)
+    new_figure("ablate", (1, 1))  # what is missing is said before the hours, not after them
+    todo = [trial for trial in plan.trials if plan.read(trial) is None and trial in chosen]
+    failed = _in_processes(plan, todo, processes) if processes > 1 and todo else _here(plan, todo)
+    ablation = _read(plan, mode, design, failed)
+    if is_first_rank() and (trials is None or not ablation.unfinished):
+        _write(ablation, plan.folder)
+    if failed:
+        some = "; ".join(f"{trial} ({error})" for trial, error in failed.items())
+        where = plan.folder / TRIALS
+        raise RuntimeError(
+            f"ablate: {len(failed)} of {len(chosen)} trials failed: {some}. The traces are in error.txt of each trial's"
+            f" folder in {where}; the other trials are kept, and the next call tries only these again."
+        )
+    return ablation
+
+
+def trial_ids(tricks: Mapping[str, Trick], seeds: int | Sequence[int], design: Kind) -> list[str]:
+    """The ids of all trials.
+
+    Args:
+        tricks, seeds, design: as `ablate` takes them.
+    """
+    return list(_planned(make_design, tricks, "", "min", seeds, design, "", "validate", None).trials)
+
+
+def _planned(
+    build: Any, tricks: Any, metric: str, mode: str, seeds: Any, design: Kind, folder: Any, evaluate: Any, project: Any
+) -> Plan:
+    """The checked arguments."""
+    if not callable(build):
+        fix = "Give a function (seed, callbacks, logger) -> (trainer, module, data...)"
+        raise TypeError(message("ablate", "build", "a function", build, fix))
+    if not isinstance(tricks, Mapping) or not tricks:
+        fix = "Such as {'EMA': lt.EMA(0.999)}"
+        raise TypeError(message("ablate", "tricks", "a dict of name -> callbacks with one trick or more", tricks, fix))
+    for name, trick in tricks.items():
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name in (BASELINE, ALL) or str(name).startswith(WITHOUT):
+            fix = f"They are parts of files' names; {BASELINE!r}, {ALL!r} and {WITHOUT + '...'!r} are taken"
+            raise ValueError(message("ablate", "tricks", "named with letters, digits, '_', '.' and '-'", name, fix))
+        make_callbacks(trick)
+    for argument, value, words, fix in (
+        ("mode", mode, ("min", "max"), "Say what of the metric is better"),
+        ("evaluate", evaluate, ("validate", "test"), "Say which of the data the metric comes from"),
+    ):
+        if value not in words:
+            raise ValueError(message("ablate", argument, " or ".join(map(repr, words)), value, fix))
+    return Plan(
+        build, dict(tricks), make_design(design, list(tricks)), _seeds(seeds), metric, evaluate, Path(folder), project
+    )
+
+
+def _seeds(seeds: Any) -> tuple[int, ...]:
+    fix = "Try 5; an interval needs 3"
+    if isinstance(seeds, Sequence) and not isinstance(seeds, str):
+        for seed in seeds:
+            check_count("ablate", "seeds", seed, 0, "a seed", "Try range(5)")
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise ValueError(message("ablate", "seeds", "one or more, all different", list(seeds), fix))
+        return tuple(seeds)
+    check_count("ablate", "seeds", seeds, 1, "seeds", fix)
+    return tuple(range(seeds))
+
+
+def _chosen(plan: Plan, trials: Any) -> list[str]:
+    if trials is None:
+        return list(plan.trials)
+    unknown = [trial for trial in trials if trial not in plan.trials] if not isinstance(trials, str) else trials
+    if unknown:
+        fix = f"They are {', '.join(list(plan.trials)[:8])}{', ...' if len(plan.trials) > 8 else ''}"
+        raise ValueError(message("ablate", "trials", "a list of ids of this design", unknown, fix))
+    return list(trials)
+
+
+# ---------------------------------------------------------------------- running
+
+
+def _here(plan: Plan, todo: Sequence[str]) -> dict[str, str]:
+    """Run trials one after the other."""
+    errors = {trial: run_trial(plan, trial) for trial in todo}
+    return {trial: error for trial, error in errors.items() if error is not None}
+
+
+def _in_processes(plan: Plan, todo: Sequence[str], processes: int) -> dict[str, str]:
+    """Run trials in new processes, several at a time."""
+    try:
+        pickle.dumps(plan)
+    except (AttributeError, TypeError, pickle.PicklingError) as error:
+        fix = "Define functions at the top of a file, give callbacks in place of lambdas, or take processes=1"
+        raise ValueError(message("ablate", "processes", "1 for what cannot be imported", f"{error}", fix)) from error
+    threads = max(1, torch.get_num_threads() // processes)
+    failed: dict[str, str] = {}
+    # Not forked: threads and a GPU's state do not survive that.
+    context = get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(todo)), context, torch.set_num_threads, (threads,)) as pool:
+        futures = {trial: pool.submit(run_trial, plan, trial) for trial in todo}
+        for trial, future in futures.items():
+            try:
+                outcome = future.result()
+            except BrokenProcessPool:
+                outcome = None if plan.read(trial) else "a process was killed before this was finished"
+            if outcome is not None:
+                failed[trial] = outcome
+    return failed
+
+
+# ---------------------------------------------------------------------- what came of it
+
+
+def _read(plan: Plan, mode: Literal["min", "max"], design: Kind, failed: Mapping[str, str]) -> Ablation:
+    results: dict[str, dict[int, Result]] = {name: {} for name in plan.design.variants}
+    unfinished = []
+    for trial, (variant, seed) in plan.trials.items():
+        read = plan.read(trial)
+        if read is not None:
+            results[variant][seed] = read[0]
+        elif trial not in failed:
+            unfinished.append(trial)
+    effects = find_effects(plan.design, results, mode)
+    return Ablation(plan.metric, mode, design, results, effects, tuple(unfinished), failed)
+
+
+def _write(ablation: Ablation, folder: Path) -> None:
+    """Tables and pictures of what is there."""
+    text = str(ablation).encode()
+    write_whole(folder / TABLE, lambda file: file.write(text))
+    if ablation.effects:
+        write_whole(folder / FOREST, lambda file: forest(ablation).savefig(file, format="png", dpi=160))
+    logs = {
+        variant: [folder / TRIALS / trial_id(variant, seed) for seed in runs]
+        for variant, runs in ablation.results.items()
+        if runs
+    }
+    if logs:
+        report(logs, folder / REPORT, modes={ablation.metric: ablation.mode}, title=f"Ablation: {folder.name}")

@@ -1,0 +1,171 @@
+"""One training of an ablation: made, measured and written down."""
+
+import gc
+import json
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_tricks.ablations.trials import RESULT, TRIALS, Plan, Result
+from lightning_tricks.callbacks.run_folder import write_whole
+from lightning_tricks.functional.checks import message
+from lightning_tricks.loggers import trial_logger
+
+TRACE = "error.txt"
+BUDGET = ("max_epochs", "max_steps", "min_epochs", "min_steps", "accumulate_grad_batches", "limit_train_batches")
+SEED = "PL_GLOBAL_SEED"
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes the files; others may be ranks of the same trainings."""
+    return bool(vars(rank_zero_only).get("rank", 0) == 0)
+
+
+def run_trial(plan: Plan, trial: str) -> str | None:
+    """Train and evaluate once, and write the result.
+
+    Args:
+        plan: of the ablation.
+        trial: its id.
+    Returns:
+        What went wrong, in a line; the trace is in the trial's folder. None if nothing did.
+    """
+    rank_zero_info(f"ablate: {trial}")
+    folder = plan.folder / TRIALS / trial
+    if is_first_rank():
+        shutil.rmtree(folder, ignore_errors=True)  # what a killed process left
+        folder.mkdir(parents=True)
+    with _seeded(plan.trials[trial][1]):
+        try:
+            stored = _run(plan, trial)
+        except Exception as error:
+            (folder / TRACE).write_text(traceback.format_exc())
+            first = (str(error).strip().splitlines() or [""])[0]
+            return f"{type(error).__name__}: {first}"
+    if is_first_rank():
+        text = json.dumps(stored, indent=1).encode()
+        write_whole(folder / RESULT, lambda file: file.write(text))
+    return None
+
+
+def _run(plan: Plan, trial: str) -> dict[str, Any]:
+    variant, seed = plan.trials[trial]
+    callbacks = plan.callbacks(variant)
+    loggers: list[Logger] = [CSVLogger(plan.folder, name=TRIALS, version=trial)]
+    group = plan.folder.resolve().name
+    online = None if plan.project is None else trial_logger(plan.project, group, trial, plan.folder)
+    if online is not None:
+        loggers.append(online)
+    try:
+        pl.seed_everything(seed, verbose=False)  # again: what was drawn so far must not change the module's weights
+        trainer, module, data = _built(plan, seed, callbacks, loggers)
+        budget = {name: getattr(trainer, name) for name in BUDGET}
+        _check_budget(plan, budget)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"variant": variant, "seed": seed})
+        result = _measured(plan, trainer, module, data)
+    finally:
+        if online is not None:
+            online.experiment.finish()  # or the next trial would go on in this run
+    return {"settings": plan.settings(trial), "budget": budget, "result": asdict(result)}
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The same draws for every variant; the caller's own go on as if nothing had been drawn."""
+    before = os.environ.get(SEED)
+    gc.collect()  # what an earlier trial left in memory is none of this one's cost
+    with isolate_rng():
+        pl.seed_everything(seed, verbose=False)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[SEED]
+            else:
+                os.environ[SEED] = before
+
+
+def _built(
+    plan: Plan, seed: int, callbacks: list[Callback], loggers: list[Logger]
+) -> tuple[pl.Trainer, pl.LightningModule, tuple[Any, ...]]:
+    """What the user's function returns, if the tricks are in it."""
+    built = plan.build(seed, list(callbacks), list(loggers))
+    if not isinstance(built, tuple) or len(built) < 2 or not isinstance(built[0], pl.Trainer):
+        fix = "End it with `return trainer, module, train_loader, val_loader`"
+        raise TypeError(message("ablate", "build", "a function that returns (trainer, module, data...)", built, fix))
+    trainer, module, *data = built
+    for name, given, there in (("callbacks", callbacks, trainer.callbacks), ("logger", loggers, trainer.loggers)):
+        if any(all(one is not other for other in there) for one in given):
+            fix = f"Say Trainer({name}={name}, ...), or nothing would be compared"
+            raise ValueError(message("ablate", "build", f"one that gives its {name} to the Trainer", there, fix))
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        name = type(trainer.strategy).__name__
+        fix = "What other processes log and measure does not come back: take one device, or strategy='ddp'"
+        raise ValueError(message("ablate", "strategy", "one that starts no process by spawn or fork", name, fix))
+    needed = 2 if plan.evaluate == "validate" else 3
+    if data and not isinstance(data[0], pl.LightningDataModule) and len(data) < needed:
+        fix = "Return (trainer, module, train_loader, val_loader, test_loader), the last for evaluate='test'"
+        raise ValueError(message("ablate", "build", f"one that returns {needed} loaders or more", len(data), fix))
+    return trainer, module, tuple(data)
+
+
+def _check_budget(plan: Plan, budget: dict[str, Any]) -> None:
+    """Compare with a trial that is finished; so are all, one by one."""
+    other, read = next(((other, read) for other in plan.trials if (read := plan.read(other))), ("", None))
+    if read is not None and read[1] != budget:
+        fix = f"{other} was trained with {read[1]}: give all the same, or begin in another folder"
+        raise ValueError(message("ablate", "build", "one that gives all trials the same budget", budget, fix))
+
+
+def _measured(plan: Plan, trainer: Any, module: pl.LightningModule, data: tuple[Any, ...]) -> Result:
+    """Train and evaluate."""
+    whole = bool(data) and isinstance(data[0], pl.LightningDataModule)
+    device = trainer.strategy.root_device
+    began = _start_memory(device)
+    start = time.perf_counter()
+    trainer.fit(module, *data[:1] if whole else data[:2])
+    seconds, steps = time.perf_counter() - start, trainer.global_step
+    memory = _peak_memory(device) if began else None
+    place = 1 if plan.evaluate == "validate" else 2
+    given = data[0] if whole else data[place] if data else None
+    getattr(trainer, plan.evaluate)(module, given, verbose=False)
+    measured = trainer.callback_metrics
+    if plan.metric not in measured:
+        fix = f"trainer.{plan.evaluate} logged {', '.join(measured) or 'nothing'}"
+        raise ValueError(message("ablate", "metric", "one that the module logs", plan.metric, fix))
+    return Result(float(measured[plan.metric]), steps, seconds, memory)
+
+
+def _start_memory(device: torch.device) -> bool:
+    """Begin to look for the peak; False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is what there is now
+    except OSError:
+        return False
+    return True
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peaks = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    return peaks[0] if peaks else None

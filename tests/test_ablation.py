@@ -1,0 +1,568 @@
+"""An ablation finds what was planted, goes on after a kill, and refuses what would make its table wrong."""
+
+import csv
+import gc
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning import LightningDataModule
+from matplotlib.image import imread
+from offline_wandb import _finished, read_run, runs
+
+import lightning_tricks as lt
+from lightning_tricks.__main__ import main
+from lightning_tricks.ablations import Effect, ablate
+from lightning_tricks.ablations.designs import make_design
+from lightning_tricks.ablations.effects import find_effects
+from lightning_tricks.ablations.trials import Result
+from lightning_tricks.reports import report
+
+TESTS = Path(__file__).parent
+STUDY = '''
+import os
+import signal
+from pathlib import Path
+
+import lightning as L
+import torch
+from kit import loader, make_trainer
+from lightning.pytorch.callbacks import Callback
+
+EPOCHS = 1
+
+
+class Planted(L.LightningModule):
+    """Its score is noise of the seed, noise of the training, and what tricks add."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.bonus, self.luck, self.number = 0.0, torch.randn(1).item(), seed
+
+    def training_step(self, batch, batch_idx):
+        if self.bonus and self.number == 1 and Path("kill").exists():
+            Path("kill").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.bonus and self.number == 1 and Path("fail").exists():
+            raise RuntimeError("the disk is full")
+        self.noise = torch.rand(1).item()
+        return self.weight.sum()
+
+    def validation_step(self, batch, batch_idx):
+        score = 10 * self.luck + 0.1 * getattr(self, "noise", 0) + self.bonus
+        self.log("val/score", score, sync_dist=True)
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/weight", self.weight, sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Help(Callback):
+    def __init__(self, bonus=1.0):
+        self.bonus = bonus
+
+    def on_train_start(self, trainer, module):
+        module.bonus = self.bonus
+
+
+class Draw(Callback):
+    """Changes nothing but the draws that follow."""
+
+    def on_train_start(self, trainer, module):
+        torch.rand(1)
+
+
+tricks = {"helps": Help(), "draws": [Draw()]}
+
+
+def build(seed, callbacks, logger):
+    trainer = make_trainer(callbacks, logger=logger, max_epochs=EPOCHS)
+    return trainer, Planted(seed), loader(8), loader(4), loader(4)
+'''
+SCORE = {"metric": "val/score", "mode": "max"}
+ONE = {**SCORE, "design": "one-at-a-time"}
+WEIGHT = {"metric": "test/weight", "mode": "min", "evaluate": "test", "design": "one-at-a-time"}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """The file that a user would write, in the working directory; what takes long and is tested elsewhere is off."""
+    (tmp_path / "study.py").write_text(STUDY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("lightning_tricks.ablations.run.report", lambda *given, **options: None)
+    monkeypatch.setattr("lightning_tricks.ablations.training.gc", SimpleNamespace(collect=lambda: None))
+    yield importlib.import_module("study")
+    del sys.modules["study"]
+
+
+def environment():
+    """That of a process beside the test's, which finds what the study imports."""
+    paths = [str(TESTS), os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def scores(ablation):
+    return {name: {seed: run.score for seed, run in of.items()} for name, of in ablation.results.items()}
+
+
+def results(table):
+    """Planted scores as results."""
+    return {name: {seed: Result(score, 1, 1.0, None) for seed, score in enumerate(of)} for name, of in table.items()}
+
+
+# ---------------------------------------------------------------------- designs
+
+
+def test_one_at_a_time_compares_each_with_the_baseline():
+    design = make_design("one-at-a-time", ["a", "b"])
+    assert design.variants == {"baseline": (), "a": ("a",), "b": ("b",)}
+    assert design.contrasts == {"a": {"a": 1, "baseline": -1}, "b": {"b": 1, "baseline": -1}}
+
+
+def test_leave_one_out_compares_all_with_all_but_one():
+    design = make_design("leave-one-out", ["a", "b"])
+    assert design.variants == {"baseline": (), "all": ("a", "b"), "all-but-a": ("b",), "all-but-b": ("a",)}
+    assert design.contrasts["a"] == {"all": 1, "all-but-a": -1}
+    assert design.contrasts["all"] == {"all": 1, "baseline": -1}
+
+
+def test_a_single_trick_is_trained_once_without_and_once_with_it():
+    for kind in ("one-at-a-time", "leave-one-out", "full"):
+        design = make_design(kind, ["a"])
+        assert sorted(design.variants.values()) == [(), ("a",)]
+        assert list(design.contrasts) == ["a"]
+
+
+def test_full_trains_all_combinations():
+    design = make_design("full", ["a", "b", "c"])
+    assert list(design.variants) == ["baseline", "c", "b", "a", "b+c", "a+c", "a+b", "a+b+c"]
+    assert design.contrasts["a"] == {name: 0.25 if "a" in on else -0.25 for name, on in design.variants.items()}
+
+
+@given(st.sampled_from(["one-at-a-time", "leave-one-out", "full"]), st.lists(st.floats(-5, 5), min_size=1, max_size=5))
+@settings(max_examples=40, deadline=None)
+def test_every_design_finds_effects_that_add_up(kind, sizes):
+    planted = {f"t{index}": size for index, size in enumerate(sizes)}
+    design = make_design(kind, list(planted))
+    table = {name: [seed + sum(map(planted.get, on)) for seed in range(3)] for name, on in design.variants.items()}
+    found = find_effects(design, results(table), "max")
+    expected = {**planted, "all": sum(sizes)} if "all" in design.contrasts else planted
+    assert {name: effect.difference for name, effect in found.items()} == pytest.approx(expected, abs=1e-9)
+
+
+def test_main_effects_are_those_of_least_squares():
+    design = make_design("full", ["a", "b", "c"])
+    table = {name: torch.randn(1).tolist() for name in design.variants}
+    levels = torch.tensor([[1.0] + [0.5 if name in on else -0.5 for name in "abc"] for on in design.variants.values()])
+    solution = torch.linalg.lstsq(levels, torch.tensor(list(table.values()))).solution.flatten()[1:]
+    found = find_effects(design, results(table), "max")
+    assert [found[name].difference for name in "abc"] == pytest.approx(solution.tolist(), rel=1e-4)
+
+
+# ---------------------------------------------------------------------- what results say
+
+
+@pytest.mark.parametrize("kind", ["one-at-a-time", "leave-one-out", "full"])
+def test_the_interval_of_a_trick_without_effect_covers_0_in_95_of_100_repetitions(kind):
+    design = make_design(kind, ["null", "helps"])
+    covered, found = 0, 0
+    for _ in range(200):
+        luck, noise = torch.randn(5) * 10, torch.randn(len(design.variants), 5)
+        rows = enumerate(design.variants.items())
+        table = {name: (luck + noise[row] + 9 * ("helps" in on)).tolist() for row, (name, on) in rows}
+        effects = find_effects(design, results(table), "max")
+        covered += effects["null"].interval[0] <= 0 <= effects["null"].interval[1]
+        found += effects["helps"].helps is True
+    assert 0.91 <= covered / 200 <= 0.99
+    assert found / 200 > 0.95
+
+
+def test_what_helps_depends_on_the_mode():
+    design = make_design("one-at-a-time", ["up", "down", "not"])
+    table = {"baseline": [1.0, 2.0, 3.0], "up": [2.0, 3.1, 4.0], "down": [0.0, 0.9, 2.0], "not": [1.1, 2.0, 2.9]}
+    for mode, up in (("max", True), ("min", False)):
+        found = find_effects(design, results(table), mode)
+        assert {name: effect.helps for name, effect in found.items()} == {"up": up, "down": not up, "not": None}
+
+
+def test_costs_are_medians_of_what_a_trick_adds():
+    design = make_design("leave-one-out", ["a", "b"])
+    seconds = {"baseline": [1, 2, 4], "all": [2, 3, 9], "all-but-a": [1.5, 2, 8], "all-but-b": [2, 3, 9]}
+    runs = {
+        name: {seed: Result(0.0, 1, time, 100 * len(on) + seed) for seed, time in enumerate(seconds[name])}
+        for name, on in design.variants.items()
+    }
+    found = find_effects(design, runs, "max")
+    assert {name: (effect.time, effect.memory) for name, effect in found.items()} == {
+        "a": (0.5, 100),
+        "b": (0, 100),
+        "all": (1, 200),
+    }
+
+
+def test_a_training_that_diverged_leaves_the_effect_unknown():
+    table = {"baseline": [1.0, 2.0, 3.0], "a": [1.0, math.nan, 3.0]}
+    effect = find_effects(make_design("one-at-a-time", ["a"]), results(table), "max")["a"]
+    assert math.isnan(effect.difference)
+    assert (effect.interval, effect.helps) == ((-math.inf, math.inf), None)
+
+
+def test_seeds_without_their_pair_do_not_count():
+    table = results({"baseline": [1.0, 2.0, 4.0, 3.0], "a": [2.0, 3.5, 4.5, 3.25]})
+    del table["a"][1]
+    effect = find_effects(make_design("one-at-a-time", ["a"]), table, "max")["a"]
+    assert effect.differences == (1.0, 0.5, 0.25)
+
+
+# ---------------------------------------------------------------------- trainings
+
+
+def test_a_planted_trick_is_found_and_one_that_changes_only_the_draws_is_not(study, tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_tricks.ablations.run.report", report)
+    ablation = ablate(study.build, study.tricks, **ONE, folder=tmp_path / "out")
+    assert ablation.effects["helps"].differences == pytest.approx([1.0] * 5, abs=1e-5)
+    low, high = ablation.effects["draws"].interval
+    assert -0.2 < low < 0 < high < 0.2
+    assert (ablation.effects["helps"].helps, ablation.effects["draws"].helps) == (True, None)
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text == str(ablation)
+    assert "| helps | +1 | +1 to +1 | helps |" in text
+    assert "| draws | " in text
+    assert imread(tmp_path / "out" / "forest.png").std() > 0
+    assert "Ablation: out" in (tmp_path / "out" / "report.html").read_text()
+    for name, of in ablation.results.items():
+        for seed, run in of.items():
+            folder = tmp_path / "out" / "trials" / f"{name}-seed{seed}"
+            with (folder / "metrics.csv").open(newline="") as file:
+                logged = [float(row["val/score"]) for row in csv.DictReader(file) if row["val/score"]]
+            assert logged[-1] == pytest.approx(run.score)
+            assert run.steps == 2
+
+
+def test_a_second_call_trains_nothing_and_more_seeds_train_only_theirs(study):
+    seen = []
+
+    def build(seed, callbacks, logger):
+        seen.append(seed)
+        return study.build(seed, callbacks, logger)
+
+    first = ablate(build, study.tricks, **ONE, seeds=2)
+    assert seen == [0, 0, 0, 1, 1, 1]
+    assert str(ablate(build, study.tricks, **ONE, seeds=2)) == str(first)
+    assert len(seen) == 6
+    more = ablate(build, study.tricks, **ONE, seeds=3)
+    assert seen[6:] == [2, 2, 2]
+    assert all(more.results[name][seed] == run for name, of in first.results.items() for seed, run in of.items())
+
+
+def test_the_same_seed_gives_the_same_score_and_the_caller_draws_on_as_before(study):
+    random = torch.get_rng_state()
+    first = ablate(study.build, {"helps": study.Help(0.0)}, **ONE, seeds=[3, 7], folder="first")
+    assert first.effects["helps"].differences == (0.0, 0.0)
+    second = ablate(study.build, study.tricks, **ONE, seeds=[7, 3], folder="second")
+    assert scores(second)["baseline"] == scores(first)["baseline"]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert "PL_GLOBAL_SEED" not in os.environ
+
+
+@pytest.mark.parametrize("evaluate", ["validate", "test"])
+def test_data_come_as_loaders_as_a_datamodule_or_with_the_module(study, evaluate):
+    def as_datamodule(seed, callbacks, logger):
+        trainer, module, train, *others = study.build(seed, callbacks, logger)
+        datamodule = LightningDataModule()
+        datamodule.train_dataloader = lambda: train
+        datamodule.val_dataloader, datamodule.test_dataloader = (lambda: others[0]), (lambda: others[1])
+        return trainer, module, datamodule
+
+    def with_module(seed, callbacks, logger):
+        trainer, module, train, *others = study.build(seed, callbacks, logger)
+        module.train_dataloader = lambda: train
+        module.val_dataloader, module.test_dataloader = (lambda: others[0]), (lambda: others[1])
+        return trainer, module
+
+    metric = {"validate": "val/score", "test": "test/weight"}[evaluate]
+    expected = ablate(study.build, study.tricks, metric=metric, mode="max", evaluate=evaluate, seeds=1)
+    for build in (as_datamodule, with_module):
+        folder = build.__name__
+        found = ablate(build, study.tricks, metric=metric, mode="max", evaluate=evaluate, seeds=1, folder=folder)
+        assert scores(found) == scores(expected)
+
+
+def test_a_trick_that_draws_when_it_is_made_leaves_the_modules_draws_alone(study):
+    def factory():
+        return study.Help(0.0 * torch.rand(1).item())
+
+    ablation = ablate(study.build, {"draws": factory}, **SCORE, seeds=2)
+    assert ablation.effects["draws"].differences == (0.0, 0.0)
+
+
+def test_callbacks_are_copied_for_each_trial_and_functions_make_new_ones(study):
+    given, made = study.Help(), []
+
+    def factory():
+        made.append(study.Draw())
+        return made[-1]
+
+    used = []
+
+    def build(seed, callbacks, logger):
+        used.extend(callbacks)
+        return study.build(seed, callbacks, logger)
+
+    ablate(build, {"given": given, "made": factory}, **SCORE, seeds=1)
+    assert len(used) == 4  # both in `all`, one in each of the others
+    assert len({id(callback) for callback in used}) == 4
+    assert all(callback is not given for callback in used)
+    assert any(callback is one for callback in used for one in made)
+
+
+def test_the_weights_are_evaluated_that_fit_left(study):
+    ablation = ablate(study.build, {"EMA": lt.EMA(0.5)}, **WEIGHT, seeds=1)
+    assert scores(ablation) == {"baseline": {0: pytest.approx(-0.2)}, "EMA": {0: pytest.approx(-0.15)}}
+
+
+def test_a_killed_run_goes_on_where_it_stopped(study):
+    whole = ablate(study.build, study.tricks, **ONE, seeds=3, folder="whole")
+    Path("kill").touch()
+    program = (
+        "import torch, study\nfrom lightning_tricks.ablations import ablate\ntorch.set_num_threads(1)\n"
+        f"ablate(study.build, study.tricks, **{ONE!r}, seeds=3, folder='killed')"
+    )
+    command = [sys.executable, "-c", program]
+    assert subprocess.run(command, env=environment(), capture_output=True).returncode == -signal.SIGKILL
+    done = {path.parent.name: path.stat().st_mtime_ns for path in Path("killed").rglob("result.json")}
+    assert set(done) == {"baseline-seed0", "helps-seed0", "draws-seed0", "baseline-seed1"}
+    assert Path("killed/trials/helps-seed1").is_dir()
+    ended = ablate(study.build, study.tricks, **ONE, seeds=3, folder="killed")
+    assert scores(ended) == scores(whole)
+    assert [effect.interval for effect in ended.effects.values()] == [
+        effect.interval for effect in whole.effects.values()
+    ]
+    for name, when in done.items():
+        assert Path("killed/trials", name, "result.json").stat().st_mtime_ns == when
+
+
+def test_two_processes_give_the_table_of_one_also_when_one_of_them_was_killed(study):
+    one = ablate(study.build, study.tricks, **ONE, seeds=2, folder="one")
+    Path("kill").touch()
+    with pytest.raises(RuntimeError, match="helps-seed1 .a process was killed before this was finished"):
+        ablate(study.build, study.tricks, **ONE, seeds=2, folder="two", processes=2)
+    two = ablate(study.build, study.tricks, **ONE, seeds=2, folder="two", processes=2)
+    assert scores(two) == scores(one)
+    assert not two.unfinished
+
+
+def test_a_trial_that_fails_is_named_and_the_others_are_kept(study):
+    Path("fail").touch()
+    with pytest.raises(RuntimeError, match=r"1 of 9 trials failed: helps-seed1 \(RuntimeError: the disk is full\)"):
+        ablate(study.build, study.tricks, **ONE, seeds=3)
+    assert "the disk is full" in Path("ablation/trials/helps-seed1/error.txt").read_text()
+    text = Path("ablation/table.md").read_text()
+    assert "helps-seed1 failed: RuntimeError: the disk is full" in text
+    assert "Pairs of trainings: 2 to 3." in text
+    Path("fail").unlink()
+    ablation = ablate(study.build, study.tricks, **ONE, seeds=3)
+    assert len(ablation.effects["helps"].differences) == 3
+    assert not Path("ablation/trials/helps-seed1/error.txt").exists()
+
+
+def test_trials_of_a_launcher_write_the_tables_when_the_last_is_there(study):
+    ids = ["baseline-seed0", "helps-seed0", "draws-seed0"]
+    for index, trial in enumerate(ids):
+        assert not Path("ablation/table.md").exists()
+        ablation = ablate(study.build, study.tricks, **ONE, seeds=1, trials=[trial])
+        assert list(ablation.unfinished) == ids[index + 1 :]
+    assert Path("ablation/table.md").read_text() == str(ablation)
+    assert "An interval is unknown with fewer than 3 pairs" in str(ablation)
+
+
+def test_the_peak_memory_of_a_trick_is_seen(study, monkeypatch):
+    monkeypatch.setattr("lightning_tricks.ablations.training.gc", gc)
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not tell a process's peak memory anew")
+
+    class Hoard(study.Callback):
+        def on_train_start(self, trainer, module):
+            self.kept = torch.ones(2**26)
+
+    ablation = ablate(study.build, {"hoard": Hoard()}, **SCORE, seeds=3)
+    assert 0.9 < ablation.effects["hoard"].memory / 2**28 < 1.2
+
+
+@pytest.mark.slow
+def test_two_ranks_are_one_trial(study, tmp_path):
+    text = "import torch, study\nfrom lightning_tricks.ablations import ablate\nimport lightning_tricks as lt\n"
+    text += f"""
+def build(seed, callbacks, logger):
+    trainer = study.make_trainer(callbacks, logger=logger, max_epochs=1, strategy="ddp", devices=2)
+    return trainer, study.Planted(seed), study.loader(16), study.loader(8), study.loader(8)
+
+ablate(build, {{"EMA": lt.EMA(0.5)}}, **{WEIGHT!r}, seeds=2, folder="two")
+"""
+    (tmp_path / "main.py").write_text(text)
+    done = subprocess.run([sys.executable, "main.py"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    stored = {path.parent.name: json.loads(path.read_text())["result"] for path in Path("two").rglob("result.json")}
+    weights = {"baseline": -0.2, "EMA": -0.15}
+    assert {name: (result["score"], result["steps"]) for name, result in stored.items()} == {
+        f"{name}-seed{seed}": (pytest.approx(weight), 2) for name, weight in weights.items() for seed in (0, 1)
+    }
+    assert Path("two/table.md").is_file()
+
+
+def test_every_trial_is_a_run_of_the_group_in_wandb(study, tmp_path):
+    ablate(study.build, {"EMA": lt.EMA(0.5)}, **SCORE, seeds=1, folder=tmp_path / "digits", project="tests")
+    found = {}
+    for folder in runs(tmp_path / "digits"):
+        rows, config = read_run(folder)
+        (path,) = folder.glob("*.wandb")
+        (run,) = [record.run for record in _finished(path) if record.WhichOneof("record_type") == "run"]
+        assert (run.project, run.run_group) == ("tests", "digits")
+        assert (config["seed"], "tricks" in config) == (0, config["variant"] == "all")
+        found[run.display_name] = [row["val/score"] for row in rows if "val/score" in row][-1]
+    assert found == {
+        f"{name}-seed0": pytest.approx(json.loads(path.read_text())["result"]["score"])
+        for name in ("baseline", "all")
+        for path in (tmp_path / "digits").rglob(f"{name}-seed0/result.json")
+    }
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def test_other_settings_in_the_same_folder_are_refused(study):
+    ablate(study.build, study.tricks, **ONE, seeds=1)
+    other = {"helps": study.Help(2.0), "draws": study.Draw()}
+    with pytest.raises(ValueError, match=r"^ablate: tricks must be what it was for the trials.*helps-seed0"):
+        ablate(study.build, other, **ONE, seeds=1)
+    ablate(study.build, {"EMA": lt.EMA(lt.HalfLife("1ep"))}, **ONE, seeds=1, folder="decay")
+    ablate(study.build, {"EMA": lt.EMA(lt.HalfLife("1ep"))}, **ONE, seeds=1, folder="decay")
+    with pytest.raises(ValueError, match="^ablate: tricks must be what it was"):
+        ablate(study.build, {"EMA": lt.EMA(lt.HalfLife("2ep"))}, **ONE, seeds=1, folder="decay")
+    with pytest.raises(ValueError, match="^ablate: metric must be what it was"):
+        ablate(study.build, study.tricks, **{**ONE, "metric": "val/loss"}, seeds=1)
+    with pytest.raises(ValueError, match="^ablate: build must be what it was"):
+        ablate(lambda *given: study.build(*given), study.tricks, **ONE, seeds=1)
+
+
+def test_another_budget_is_refused(study, monkeypatch):
+    ablate(study.build, study.tricks, **ONE, seeds=1)
+    monkeypatch.setattr(study, "EPOCHS", 2)
+    with pytest.raises(RuntimeError, match=r"same budget, got .*'max_epochs': 2.*baseline-seed0 was trained with"):
+        ablate(study.build, study.tricks, **ONE, seeds=2)
+
+
+def without(name):
+    def build(study, seed, callbacks, logger):
+        given = {"callbacks": callbacks, "logger": logger, name: [] if name == "callbacks" else False}
+        return study.make_trainer(**given, max_epochs=1), study.Planted(seed), study.loader(8), study.loader(4)
+
+    return build
+
+
+def forked(study, seed, callbacks, logger):
+    trainer = study.make_trainer(callbacks, logger=logger, strategy="ddp_fork", devices=2)
+    return trainer, study.Planted(seed), study.loader(8), study.loader(4)
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (without("callbacks"), r"build must be one that gives its callbacks to the Trainer"),
+        (without("logger"), r"build must be one that gives its logger to the Trainer"),
+        (lambda study, *given: study.build(*given)[0], r"build must be a function that returns \(trainer, module"),
+        (lambda study, *given: study.build(*given)[:3], r"build must be one that returns 2 loaders or more, got 1"),
+        (forked, r"strategy must be one that starts no process by spawn or fork, got 'DDPStrategy'"),
+    ],
+)
+def test_a_build_that_would_compare_nothing_is_refused(study, build, words):
+    with pytest.raises(RuntimeError, match=words):
+        ablate(lambda *given: build(study, *given), {"helps": study.Help()}, **SCORE, seeds=1)
+
+
+def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(study):
+    with pytest.raises(RuntimeError, match="metric must be one that the module logs, got 'accuracy'.*logged val/score"):
+        ablate(study.build, study.tricks, metric="accuracy", mode="max", seeds=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"build": None}, "build must be a function, got None"),
+        ({"tricks": {}}, "tricks must be a dict of name -> callbacks with one trick or more"),
+        ({"tricks": {"EMA": 0.99}}, "tricks must be callbacks, lists of them or functions that make them, got 0.99"),
+        ({"tricks": {"a/b": lt.EMA()}}, "tricks must be named with letters.*got 'a/b'"),
+        ({"tricks": {"baseline": lt.EMA()}}, "tricks must be named with letters.*got 'baseline'"),
+        ({"mode": "best"}, "mode must be 'min' or 'max', got 'best'"),
+        ({"evaluate": "predict"}, "evaluate must be 'validate' or 'test', got 'predict'"),
+        ({"seeds": 0}, "seeds must be a whole number of at least 1"),
+        ({"seeds": [1, 1]}, "seeds must be one or more, all different"),
+        ({"design": "half"}, "design must be 'one-at-a-time', 'leave-one-out' or 'full', got 'half'"),
+        (
+            {"design": "full", "tricks": {f"t{n}": lt.EMA() for n in range(7)}},
+            "design must be 'full' for at most 6 tricks.*128",
+        ),
+        ({"processes": 0}, "processes must be a whole number of at least 1"),
+        ({"processes": 2}, "processes must be 1 for what cannot be imported"),
+        (
+            {"trials": ["EMA-seed9"]},
+            "trials must be a list of ids of this design, got .'EMA-seed9'.. They are",
+        ),
+    ],
+)
+def test_what_is_out_of_range_is_refused_at_once(arguments, words):
+    given = {"build": lambda *given: None, "tricks": {"EMA": lt.EMA()}, **SCORE, **arguments}
+    with pytest.raises((TypeError, ValueError), match=f"^ablate: {words}"):
+        ablate(**given)
+    assert not Path("ablation").exists()
+
+
+# ---------------------------------------------------------------------- the shell
+
+
+def test_the_shell_runs_trials_by_their_ids_and_prints_the_table_at_the_end(study, capsys):
+    options = ["study.py:build", "--metric", "val/score", "--mode", "max", "--seeds", "3", "--design", "one-at-a-time"]
+    main(["ablate", *options, "--list"])
+    ids = capsys.readouterr().out.split()
+    assert len(ids) == 9
+    assert not Path("ablation").exists()
+    command = [sys.executable, "-m", "lightning_tricks", "ablate", *options, "--trial", ids[0], ids[1]]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "2 trained, 7 unfinished.\n"), done.stderr
+    main(["ablate", *options])
+    assert Path("ablation/table.md").read_text() in capsys.readouterr().out
+    expected = ablate(study.build, study.tricks, **ONE, seeds=3, folder="here")
+    stored = {path.parent.name: json.loads(path.read_text()) for path in Path("ablation").rglob("result.json")}
+    assert {name: result["result"]["score"] for name, result in stored.items()} == {
+        f"{name}-seed{seed}": score for name, of in scores(expected).items() for seed, score in of.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        ("nothing.py:build", "FILE:build must be a Python file that exists, got 'nothing.py'"),
+        ("study.py:no", "FILE:build must be a file that defines no, got 'study.py'"),
+    ],
+)
+def test_the_shell_says_what_is_wrong_as_argparse_does(study, capsys, build, words):
+    with pytest.raises(SystemExit, match="2"):
+        main(["ablate", build, "--metric", "val/score", "--mode", "max"])
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_effect_has_the_mean_of_its_differences():
+    assert Effect((1.0, 2.0, 6.0), (0.0, 6.0), 0.0, None, None).difference == 3.0
