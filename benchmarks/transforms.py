@@ -4,6 +4,8 @@ All is measured in one process, in turns (A B C, B C A, ...); a table has the me
 most, and ratios are taken within a round. A turn is one call that does not count and some more in a row. Each peer
 makes what it makes of a batch and its labels: timm one-hot targets, kornia the three columns of its labels. "Fresh
 memory" is a clone, whose pages the system hands out anew where it is large: what is not in place cannot be quicker.
+RandAugment's peers take picture by picture, of smooth pictures with some noise; those "on PIL" get and give Pillow's
+images, and timm applies each operation with probability 1/2, so it does half of the work.
 
 Peers are measured where they are installed, here or in `--peers FOLDER` (`pip install --no-deps --target FOLDER timm
 torchvision kornia kornia_rs`). Ratios mean something elsewhere, absolute times do not.
@@ -18,6 +20,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+import torch.nn.functional as F
 
 
 def _declare_torchvision():
@@ -41,6 +44,7 @@ from schedules import _in_turns  # noqa: E402
 
 from lightning_tricks.transforms.erasing import Cutout, RandomErasing  # noqa: E402
 from lightning_tricks.transforms.mixing import CutMix, Mixup  # noqa: E402
+from lightning_tricks.transforms.randaugment import RandAugment  # noqa: E402
 
 COPY, CLONE = "a copy into kept memory", "a clone into fresh memory"
 CLASSES = 1000
@@ -90,6 +94,38 @@ def _torchvision(images, labels, name, with_labels=True, **settings):
     return partial(getattr(v2, name)(**settings), images)
 
 
+def _each(transform, images):
+    return lambda: [transform(image) for image in images]
+
+
+def _pil(images):
+    from PIL import Image
+
+    return [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in images]
+
+
+def _timm_augment(images, labels, from_tensors=False):
+    import numpy as np
+    from timm.data.auto_augment import rand_augment_transform
+
+    transform = rand_augment_transform("rand-m9-n2", {})
+    if not from_tensors:
+        return _each(transform, _pil(images))
+    return lambda: torch.stack([torch.from_numpy(np.array(transform(each))).permute(2, 0, 1) for each in _pil(images)])
+
+
+def _torchvision_augment(images, labels, on_pil=False):
+    from torchvision.transforms import v2
+
+    return _each(v2.RandAugment(2, 9), _pil(images) if on_pil else images.unbind())
+
+
+def _kornia_augment(images, labels):
+    from kornia.augmentation.auto import RandAugment
+
+    return _each(RandAugment(2, 9), (images / 255).split(1))
+
+
 # ---------------------------------------------------------------------- what is measured
 
 SMALL, LARGE = (256, 3, 32, 32), (128, 3, 224, 224)
@@ -129,8 +165,26 @@ def _mixing_and_erasing(shape):
     ]
 
 
-# A further family of transforms (RandAugment) is one more function that returns its rows.
-WORKS = [*_mixing_and_erasing(SMALL), *_mixing_and_erasing(LARGE)]
+def _randaugment(side, goals):
+    peers = {
+        TO_PIL: partial(_timm_augment, from_tensors=True),
+        "timm on PIL": _timm_augment,
+        ON_PIL: partial(_torchvision_augment, on_pil=True),
+        "torchvision on tensors": _torchvision_augment,
+        "kornia, image by image": _kornia_augment,
+    }
+    return Work(
+        "randaugment", (128, 3, side, side), {"RandAugment(2, 9)": RandAugment(2, 9)}, peers, goals, torch.uint8
+    )
+
+
+TO_PIL, ON_PIL = "timm, from tensors to PIL and back", "torchvision on PIL"
+WORKS = [
+    *_mixing_and_erasing(SMALL),
+    *_mixing_and_erasing(LARGE),
+    _randaugment(32, {TO_PIL: 0.28}),
+    _randaugment(224, {ON_PIL: 1.0}),
+]
 
 
 # ---------------------------------------------------------------------- the measurements
@@ -139,7 +193,8 @@ WORKS = [*_mixing_and_erasing(SMALL), *_mixing_and_erasing(LARGE)]
 def _measure(work, rounds, threads):
     """Print a table; the rows of the table of goals."""
     count = work.shape[0]
-    numbers = torch.rand(work.shape)
+    smooth = F.interpolate(torch.rand(*work.shape[:2], 8, 8), work.shape[2:], mode="bilinear")
+    numbers = 0.9 * smooth + 0.1 * torch.rand(work.shape)
     images = (numbers if work.dtype.is_floating_point else numbers * 255).to(work.dtype)
     labels, kept = torch.randint(CLASSES, (count,)), torch.empty_like(images)
     calls, missing = {}, {}

@@ -14,11 +14,13 @@ __all__ = [
     "WAYS_OUT",
     "MixedLabels",
     "check_smoothing",
+    "drop_ignored",
     "mix_labels",
     "move_labels",
     "put_labels",
     "smooth_labels",
     "soft_targets",
+    "take_labels",
 ]
 
 MOST_COMPONENTS = 8
@@ -45,7 +47,7 @@ def mix_labels(labels: Tensor, weight: Tensor, permutation: Tensor) -> Tensor:
     if labels.is_floating_point():
         return mixup(labels, weight, permutation)
     permutation = permutation.to(labels.device)
-    share = weight.to(labels.device).view(-1, *[1] * (labels.dim() - 1))
+    share = weight.to(labels.device, torch.float32).view(-1, *[1] * (labels.dim() - 1))
     if not isinstance(labels, MixedLabels):
         return MixedLabels(labels, labels[permutation], share)
     own = changed(labels._components, lambda y: y, lambda numbers: numbers)
@@ -85,6 +87,27 @@ def move_labels(labels: Tensor, move: Callable[[Tensor, float], Tensor], fill: f
     return MixedLabels._of(components, labels._prior, used=labels._used)
 
 
+def take_labels(labels: Tensor, index: Tensor) -> Tensor:
+    """Take the labels of some samples of a batch.
+
+        labels' = labels[index]
+
+    Args:
+        labels: (N, ...) integers, MixedLabels or floating targets.
+        index: (M,) int64, which samples; on the CPU or where the labels are.
+    Returns:
+        (M, ...) labels of the same kind; unlike `labels[index]`, mixed ones stay mixed under `torch.no_grad()` too.
+    Example:
+        >>> take_labels(torch.tensor([5, 6, 7]), torch.tensor([2, 0]))
+        tensor([7, 5])
+    """
+    index = index.to(labels.device, non_blocking=True)
+    if not isinstance(labels, MixedLabels):
+        return labels.index_select(0, index)
+    components = changed(labels._components, lambda y: y.index_select(0, index), lambda s: s.index_select(0, index))
+    return MixedLabels._of(components, labels._prior, labels._plain.index_select(0, index), labels._used)
+
+
 def put_labels(labels: Tensor, index: Tensor, part: Tensor) -> Tensor:
     """Replace the labels of some samples of a batch.
 
@@ -115,6 +138,33 @@ def put_labels(labels: Tensor, index: Tensor, part: Tensor) -> Tensor:
     if isinstance(labels, MixedLabels) or isinstance(part, MixedLabels):
         return join_labels([labels, part], lambda both: both[0].index_copy(0, index, both[1].to(both[0].dtype)))
     return labels.index_copy(0, index, part.to(labels.dtype))
+
+
+def drop_ignored(labels: Tensor, ignore_index: int) -> tuple[MixedLabels, Tensor]:
+    """Leave the components that are ignored out of each mix.
+
+    Args:
+        labels: (N, ...) integers or MixedLabels.
+        ignore_index: label that is ignored.
+    Returns:
+        What the other components make, with shares that add up to 1, and the share that they had, (N, ...) float32.
+        Where that is 0, no label has a share.
+    Example:
+        >>> labels, share = drop_ignored(MixedLabels(torch.tensor([0]), torch.tensor([-100]), 0.75), -100)
+        >>> soft_targets(labels, 2), share
+        (tensor([[1., 0.]]), tensor([0.7500]))
+    """
+    mixed = labels if isinstance(labels, MixedLabels) else MixedLabels(labels)
+    ignored = [part.labels == ignore_index for part in mixed._components]
+    parts = zip(mixed._components, ignored, strict=True)
+    shares = [part.share.masked_fill(gone, 0) for part, gone in parts]
+    total = torch.stack(shares).sum(0)
+    whole = total.masked_fill(total == 0, 1)
+    components = tuple(
+        part._replace(labels=part.labels.masked_fill(gone, 0), share=share / whole)
+        for part, gone, share in zip(mixed._components, ignored, shares, strict=True)
+    )
+    return MixedLabels._of(components, mixed._prior, mixed._plain, mixed._used), total
 
 
 def smooth_labels(labels: Tensor, smoothing: float | Tensor, prior: Tensor | None = None) -> MixedLabels:

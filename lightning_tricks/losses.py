@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_tricks.functional.checks import check_flag, check_number, message
-from lightning_tricks.functional.components import Component, check_smoothing
+from lightning_tricks.functional.components import Component, check_smoothing, check_weight_fits
 from lightning_tricks.functional.cross_entropy import CHUNK, mixed_cross_entropy, soft_cross_entropy
-from lightning_tricks.labels import MixedLabels, smooth_labels, soft_targets
+from lightning_tricks.labels import MixedLabels, drop_ignored, soft_targets
 
 
 class _CrossEntropy(nn.Module):
@@ -22,13 +22,13 @@ class _CrossEntropy(nn.Module):
         owner = type(self).__name__
         _check_weight(owner, "weight", weight)
         _check_reduction(owner, reduction)
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(message(owner, "ignore_index", "an integer label", ignore_index, "The default is -100"))
+        _check_ignore_index(owner, ignore_index)
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.register_buffer("weight", weight)
 
     def _loss(self, logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+        check_weight_fits(type(self).__name__, self.weight, logits.shape[_class_dim(logits)])
         options: dict[str, Any] = {
             "weight": self.weight,
             "ignore_index": self.ignore_index,
@@ -36,6 +36,9 @@ class _CrossEntropy(nn.Module):
         }
         if labels.is_floating_point():
             return soft_cross_entropy(logits, labels, smoothing, **options)
+        _check_labels(type(self).__name__, logits, labels)
+        if not isinstance(labels, MixedLabels):
+            labels = labels.long()  # mixed ones may be of any size
         # torch's own, which keeps three tensors of the logits' size, is as fast while these fit a CPU's cache.
         if smoothing > 0 and logits.numel() > CHUNK and not isinstance(labels, MixedLabels):
             component = Component(labels, torch.ones_like(labels, dtype=torch.float32))
@@ -133,7 +136,8 @@ class BinaryCrossEntropy(nn.Module):
         target = (1 - smoothing) * target + smoothing / 2               dense, each class a choice of two
         target = 1 where target > target_threshold, else 0              with a threshold
 
-    In `eval()` nothing is smoothed; the threshold applies there too.
+    In `eval()` nothing is smoothed; the threshold applies there too. Of a mix the components that are not ignored make
+    the target, and their share is what the sample counts, in the loss and in the mean.
 
     Args:
         smoothing: epsilon, in [0, 1].
@@ -141,13 +145,16 @@ class BinaryCrossEntropy(nn.Module):
         weight: (K,) weight w of each class; None weighs all alike.
         pos_weight: (K,) or () weight of what is 1, beside what is 0.
         sum_classes: sum over the classes; otherwise their mean.
+        ignore_index: label that counts neither in the loss nor in the mean; a negative one also as a number of floating
+            targets, for a class of a sample that is not known.
         reduction: "mean" (over the samples), "sum", or "none" (one number for each class, or, with `sum_classes`, for
             each sample).
     Returns:
         Called with logits (N, K, ...) and labels: the loss. Labels are integers (N, ...), MixedLabels, or floating
         targets (N, K, ...).
     Raises:
-        TypeError, ValueError: an argument out of range, a label outside [0, K), or targets of another shape.
+        TypeError, ValueError: an argument out of range, a label outside [0, K), or labels, targets or weights of
+            another shape.
     References:
         Wightman et al., "ResNet strikes back", 2021, arXiv:2110.00476, section 4.1.
         Deviates: dense targets are smoothed as well, towards 1 / 2.
@@ -170,6 +177,7 @@ class BinaryCrossEntropy(nn.Module):
         pos_weight: Tensor | None = None,
         sum_classes: bool = False,
         reduction: str = "mean",
+        ignore_index: int = -100,
     ) -> None:
         super().__init__()
         owner = "BinaryCrossEntropy"
@@ -181,6 +189,8 @@ class BinaryCrossEntropy(nn.Module):
         _check_weight(owner, "pos_weight", pos_weight, dims=(0, 1))
         check_flag(owner, "sum_classes", sum_classes, "True sums over the classes")
         _check_reduction(owner, reduction)
+        _check_ignore_index(owner, ignore_index)
+        self.ignore_index = ignore_index
         self.smoothing = smoothing
         self.target_threshold = target_threshold
         self.sum_classes = sum_classes
@@ -191,16 +201,16 @@ class BinaryCrossEntropy(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"smoothing={self.smoothing}, target_threshold={self.target_threshold}, sum_classes={self.sum_classes}, "
-            f"reduction={self.reduction!r}"
+            f"reduction={self.reduction!r}, ignore_index={self.ignore_index}"
         )
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Compute the loss; see the class."""
-        targets = self._targets(logits, labels)
-        if targets.shape != logits.shape:
-            fix = "Give a number for each class, or integer labels"
-            shape = tuple(logits.shape)
-            raise ValueError(message("BinaryCrossEntropy", "targets", f"of shape {shape}", tuple(targets.shape), fix))
+        classes = _class_dim(logits)
+        check_weight_fits("BinaryCrossEntropy", self.weight, logits.shape[classes])
+        if self.pos_weight is not None and self.pos_weight.dim() > 0:
+            check_weight_fits("BinaryCrossEntropy", self.pos_weight, logits.shape[classes], "pos_weight")
+        targets, share = self._targets(logits, labels)
         if self.target_threshold is not None:
             targets = targets > self.target_threshold
         targets = targets.to(logits.dtype)
@@ -208,17 +218,48 @@ class BinaryCrossEntropy(nn.Module):
         ahead = [-1] + [1] * (logits.dim() - 2)
         weight, pos_weight = (w if w is None or w.dim() == 0 else w.view(ahead) for w in (self.weight, self.pos_weight))
         loss = F.binary_cross_entropy_with_logits(logits, targets, weight, pos_weight=pos_weight, reduction="none")
+        loss = torch.where(share == 0, 0, loss * share.to(loss.dtype))
         if self.sum_classes:
-            loss = loss.sum(min(1, loss.dim() - 1))
-        return loss.mean() if self.reduction == "mean" else loss.sum() if self.reduction == "sum" else loss
+            loss, share = loss.sum(classes), share.amax(classes)
+        if self.reduction == "none":
+            return loss
+        if self.reduction == "sum":
+            return loss.sum()
+        # Half precision neither counts a batch nor holds its sum.
+        exact = torch.promote_types(loss.dtype, torch.float32)
+        return (loss.sum(dtype=exact) / share.expand_as(loss).sum(dtype=exact)).to(loss.dtype)
 
-    def _targets(self, logits: Tensor, labels: Tensor) -> Tensor:
-        smoothing = self.smoothing if self.training else 0.0
+    def _targets(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Dense targets, and what each counts, of a shape that broadcasts to theirs."""
+        smoothing, classes = self.smoothing if self.training else 0.0, _class_dim(logits)
         if labels.is_floating_point():
-            return labels + smoothing * (0.5 - labels)
-        if smoothing > 0:
-            labels = smooth_labels(labels, smoothing, labels.prior if isinstance(labels, MixedLabels) else None)
-        return soft_targets(labels, logits.shape[min(1, logits.dim() - 1)])
+            if labels.shape != logits.shape:
+                fix, shape = "Give a number for each class, or integer labels", tuple(logits.shape)
+                got = tuple(labels.shape)
+                raise ValueError(message("BinaryCrossEntropy", "targets", f"of shape {shape}", got, fix))
+            # A 0 or 1 of floating targets is a share, and no label.
+            known = (labels != self.ignore_index) | (self.ignore_index >= 0)
+            return (labels + smoothing * (0.5 - labels)).where(known, 0.5), known.float()
+        _check_labels("BinaryCrossEntropy", logits, labels)
+        labels, share = drop_ignored(labels, self.ignore_index)
+        targets = soft_targets(labels, logits.shape[classes])
+        return targets + smoothing * (1 / logits.shape[classes] - targets), share.unsqueeze(classes)
+
+
+def _class_dim(logits: Tensor) -> int:
+    return min(1, logits.dim() - 1)
+
+
+def _check_labels(owner: str, logits: Tensor, labels: Tensor) -> None:
+    shape = tuple(size for dim, size in enumerate(logits.shape) if dim != _class_dim(logits))
+    if labels.shape != shape:
+        fix = "Make multi-hot targets floating in the data set, or give one label for each sample or place"
+        raise ValueError(message(owner, "labels", f"of shape {shape}", tuple(labels.shape), fix))
+
+
+def _check_ignore_index(owner: str, ignore_index: int) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(message(owner, "ignore_index", "an integer label", ignore_index, "The default is -100"))
 
 
 def _check_weight(owner: str, name: str, weight: Tensor | None, dims: tuple[int, ...] = (1,)) -> None:

@@ -21,7 +21,15 @@ from lightning_tricks.dispatch import (
     requires_grad,
 )
 from lightning_tricks.functional.checks import check_number, message
-from lightning_tricks.functional.components import Component, changed, check_smoothing, dense, dominant, joined
+from lightning_tricks.functional.components import (
+    Component,
+    changed,
+    check_smoothing,
+    common_smoothing,
+    dense,
+    dominant,
+    joined,
+)
 from lightning_tricks.functional.cross_entropy import mixed_cross_entropy, mixed_nll
 from lightning_tricks.one_hot import MixedOneHot
 
@@ -128,9 +136,9 @@ class MixedLabels(Tensor):
     @property
     def smoothing(self) -> float | Tensor:
         """Epsilon of label smoothing: a number, or one for each label where they differ."""
-        first = self._components[0].smoothing
-        if not isinstance(first, Tensor):
-            return first
+        common = common_smoothing(self._components)
+        if common is not None:
+            return common
         return torch.stack([component.spread() for component in self._components]).sum(0)
 
     @property
@@ -230,10 +238,11 @@ def _rearranged(
     """What a function that keeps the mix makes of mixed labels; `result` is what it made of the dominant ones."""
     several = isinstance(result, (tuple, list))
     plains = list(result) if several else [result]
-    if not all(isinstance(plain, Tensor) for plain in plains) or any(is_floating(plain) for plain in plains):
-        return result  # the name of a type, or bits read as numbers
-    args, kwargs = replaced(args, MixedLabels, "_plain"), replaced(kwargs, MixedLabels, "_plain")
     name = name_of(func)
+    read_as_bits = name == "view" and any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
+    if read_as_bits or not all(isinstance(plain, Tensor) for plain in plains):
+        return result  # or the name of a type
+    args, kwargs = replaced(args, MixedLabels, "_plain"), replaced(kwargs, MixedLabels, "_plain")
     apply = VIEWS.get(name, func)
     device = plains[0].device if plains else mixed.device
     wrapped = []
@@ -291,12 +300,15 @@ def is_smoothed(labels: MixedLabels) -> bool:
     Args:
         labels: as they are.
     Returns:
-        False if all their smoothing is the number 0.
+        False if all their smoothing is 0; tensors on a GPU, for which the host would wait, are not asked.
     Example:
         >>> is_smoothed(MixedLabels(torch.tensor([0])))
         False
     """
-    return any(isinstance(c.smoothing, Tensor) or c.smoothing > 0 for c in labels._components)
+    epsilons = [component.smoothing for component in labels._components]
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return any(isinstance(epsilon, Tensor) or epsilon > 0 for epsilon in epsilons)
+    return any(bool((epsilon > 0).any()) if isinstance(epsilon, Tensor) else epsilon > 0 for epsilon in epsilons)
 
 
 def common_prior(owner: str, parts: list[MixedLabels]) -> Tensor | None:

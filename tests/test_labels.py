@@ -23,6 +23,7 @@ from lightning_tricks.labels import (
     put_labels,
     smooth_labels,
     soft_targets,
+    take_labels,
 )
 from lightning_tricks.losses import LabelSmoothingCrossEntropy
 
@@ -482,6 +483,8 @@ PLAIN = {
     "sort": lambda y: y.sort(stable=True).values,
     "bool": lambda y: y.bool(),
     "bits as floats": lambda y: y.view(torch.float64),
+    "bits as other integers": lambda y: y.view(torch.int32),
+    "bits by name": lambda y: y.view(dtype=torch.uint8),
     "ones_like": lambda y: torch.ones_like(y),
     "zeros_like as floats": lambda y: torch.zeros_like(y, dtype=torch.float32),
     "new_zeros": lambda y: y.new_zeros(2),
@@ -804,6 +807,74 @@ def test_one_hot_codes_that_are_changed_in_place_are_plain_from_then_on():
     floats = F.one_hot(labels, K).float()
     floats[0] = 0
     assert_close(floats.sum(1), (torch.arange(len(labels)) > 0).float())
+    codes = F.one_hot(labels, K)
+    codes[:, 0].zero_()  # through a view
+    assert torch.equal(codes.float(), F.one_hot(torch.tensor(labels.tolist()), K).float() * torch.tensor([0, 1, 1, 1]))
+
+
+CHANGED_CODES = {
+    "mul_": lambda o, y: o.mul_(0.9).add_(0.1 / K),
+    "*=": lambda o, y: operator.iadd(operator.imul(o, 0.9), 0.1 / K),
+    "out=": lambda o, y: torch.add(torch.mul(o, 0.9, out=o), 0.1 / K, out=o),
+    "integer codes in place": lambda o, y: o.mul_(0.9).add_(0.1 / K).sub_(F.one_hot(y, K)).add_(F.one_hot(y, K)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED_CODES.values(), ids=CHANGED_CODES.keys())
+@pytest.mark.parametrize("rebound", [True, False])
+def test_floating_codes_are_changed_in_place_once(change, rebound):
+    labels = mixed()
+    expected = 0.9 * soft_targets(mixed(), K) + 0.1 / K
+    codes = F.one_hot(labels, K).float()
+    result = change(codes, labels)
+    assert_close(result, expected)
+    logits = logits_for(labels)
+    assert not labels.used
+    assert_close(F.cross_entropy(logits, result if rebound else codes), F.cross_entropy(logits, expected))
+    assert labels.used
+
+
+def test_floating_codes_are_changed_once_by_a_function_that_may_work_in_place():
+    codes = F.one_hot(mixed(), K).float()
+    assert_close(F.hardtanh(codes.sub_(0.5), 0.0, 1.0, inplace=True), (soft_targets(mixed(), K) - 0.5).clamp(0))
+    assert_close(F.elu(codes.sub_(0.5), inplace=True), F.elu((soft_targets(mixed(), K) - 0.5).clamp(0) - 0.5))
+
+
+def test_what_is_changed_by_codes_is_changed_once():
+    labels, counts = mixed(), torch.zeros(6, K)
+    counts += F.one_hot(labels, K)
+    assert_close(counts, soft_targets(mixed(), K))
+    whole = torch.zeros(6, K, dtype=torch.int64)
+    whole += F.one_hot(labels, K)
+    assert torch.equal(whole, F.one_hot(torch.tensor(labels.tolist()), K))
+    with torch.no_grad():
+        assert torch.equal(torch.zeros(6, K).add_(F.one_hot(labels, K)), whole.float())
+    assert not labels.used
+    log_p = F.log_softmax(logits_for(labels), 1)
+    expected = dense_loss(logits_for(labels), soft_targets(mixed(), K))
+    assert_close(-log_p.mul_(F.one_hot(labels, K)).sum(), expected)
+    assert labels.used
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_targets_are_float32_whatever_the_default_is(dtype):
+    """Lightning's precision="64-true", "bf16-true" and "16-true" set it."""
+    expected = [soft_targets(KINDS[kind]((6,), 0), K) for kind in KINDS]
+    torch.set_default_dtype(dtype)
+    try:
+        labels = [MixedLabels(y, y.flip(0), 0.25) for y in [integers()]]
+        parameters32 = torch.linspace(0, 1, 6, dtype=torch.float32), torch.arange(6).roll(1)
+        labels += [mix_labels(smooth_labels(labels[0], 0.1), *parameters32), smooth_labels(integers(), 0.1, PRIOR)]
+        labels += [mix_labels(labels[1], *parameters32), torch.cat([labels[0], labels[1]])]
+        targets = [soft_targets(y, K) for y in labels]
+        assert {t.dtype for t in targets} == {(F.one_hot(y, K) * 1.0).dtype for y in labels} == {torch.float32}
+        assert soft_targets(integers(), K).dtype == torch.float32
+        losses = [F.cross_entropy(logits_for(y), y) for y in labels]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for y, target, loss in zip(labels, targets, losses, strict=True):
+        assert_close(loss, F.cross_entropy(logits_for(y), target.double()))
+    assert {target.dtype for target in expected} == {torch.float32}
 
 
 def test_one_hot_codes_are_pickled_as_plain_ones():
@@ -902,6 +973,15 @@ def test_floating_targets_are_mixed_as_numbers(shape):
     assert torch.equal(targets, before)
 
 
+def test_shares_are_float32_whatever_the_weights_are():
+    for dtype in (torch.float64, torch.bfloat16):
+        weight, permutation = FIRST[0].to(dtype), FIRST[1]
+        labels = mix_labels(mix_labels(integers((3,)), weight, permutation), weight, permutation)
+        targets = mix_dense(mix_dense(one_hot(integers((3,))), weight, permutation), weight, permutation)
+        assert soft_targets(labels, K).dtype == torch.float32
+        assert_mixed(labels, targets)
+
+
 def test_floating_targets_cannot_be_smoothed():
     with pytest.raises(TypeError, match=re.escape("labels must be a tensor of integers, got torch.float32")):
         smooth_labels(torch.rand(3), 0.1)
@@ -961,6 +1041,28 @@ def test_floating_labels_of_some_samples_can_be_replaced():
     assert result[2].tolist() == [1.0] * K
     assert torch.equal(result[[0, 1, 3]], labels[[0, 1, 3]])
     assert labels[2].tolist() != [1.0] * K
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_of_some_samples_can_be_taken_with_gradients_and_without(kind):
+    labels, index = KINDS[kind]((5, 2), 0), torch.tensor([3, 1, 3])
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            part = take_labels(labels, index)
+            again = put_labels(labels, index[:2], take_labels(labels, index[:2]))
+        assert type(part) is type(labels)
+        assert part.tolist() == [labels.tolist()[n] for n in index]
+        assert_close(soft_targets(part, K), soft_targets(labels, K)[index])
+        assert_close(soft_targets(again, K), soft_targets(labels, K))
+
+
+def test_floating_labels_of_some_samples_can_be_taken_and_use_of_those_taken_is_a_use():
+    targets = torch.rand(4, K)
+    assert torch.equal(take_labels(targets, torch.tensor([2, 0])), targets[[2, 0]])
+    labels = mixed()
+    part = take_labels(labels, torch.tensor([2, 0]))
+    F.cross_entropy(logits_for(part), part)
+    assert labels.used
 
 
 def test_use_of_replaced_labels_is_a_use_of_both():
@@ -1069,6 +1171,26 @@ def test_smoothing_with_another_prior_is_refused():
     assert smooth_labels(smooth_labels(integers(), 0.5, PRIOR), 0.5, PRIOR.clone()).smoothing == 0.75
 
 
+@pytest.mark.parametrize("prior", [PRIOR, ROWS], ids=["prior", "rows"])
+def test_labels_mixed_twice_are_not_smoothed_and_may_be(prior):
+    labels = mix_labels(mixed(), *parameters(6, 1))
+    targets = soft_targets(labels, K)
+    assert labels.smoothing == 0.0
+    assert repr(labels).endswith("smoothing=0.0)")
+    spread = targets @ prior if prior.dim() == 2 else prior
+    assert_mixed(smooth_labels(labels, 0.2, prior), 0.8 * targets + 0.2 * spread)
+    labels = mix_labels(mix_labels(smooth_labels(mixed(), 0.1), *parameters(6)), *parameters(6, 1))
+    assert labels.smoothing == 0.1
+
+
+def test_a_smoothing_of_zeros_is_none():
+    labels = smooth_labels(integers(), torch.tensor([0.0, 0.1, 0.0, 0.0, 0.0, 0.0]))
+    some = smooth_labels(labels[2:], 0.2, PRIOR)
+    assert_mixed(some, 0.8 * one_hot(integers()[2:]) + 0.2 * PRIOR)
+    with pytest.raises(ValueError, match="prior must be the same"):
+        smooth_labels(labels, 0.2, PRIOR)
+
+
 @pytest.mark.parametrize("times", [3, 4, 6])
 def test_labels_mixed_many_times_stay_exact_with_few_components(times):
     labels, targets = smooth_labels(integers((40,)), torch.rand(40)), None
@@ -1126,6 +1248,24 @@ def test_compiled_the_loss_of_any_labels_breaks_no_graph(prior):
     assert_close(actual, expected, tolerance=1e-12)
     assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (actual, expected)), tolerance=1e-12)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_compiled_loss_made_of_one_hot_codes_breaks_no_graph():
+    torch._dynamo.reset()
+    labels = mixed((6,), 0.1)
+
+    def encode(y):
+        return F.one_hot(y, K)
+
+    def loss(z, codes):
+        return -(codes * F.log_softmax(z, 1)).sum()
+
+    logits, compiled = logits_for(labels), {"backend": "aot_eager", "fullgraph": True}
+    expected = dense_loss(logits, soft_targets(mixed((6,), 0.1), K))
+    assert_close(torch.compile(lambda z, y: loss(z, encode(y)), **compiled)(logits, labels), expected)
+    assert labels.used
+    torch._dynamo.reset()
+    assert_close(loss(logits, torch.compile(encode, **compiled)(mixed((6,), 0.1))), expected)
 
 
 def test_dense_targets_are_made_in_a_compiled_graph():

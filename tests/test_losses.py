@@ -312,12 +312,120 @@ def test_a_binary_loss_of_a_thresholded_mix_has_both_labels_whole():
     torch.testing.assert_close(BinaryCrossEntropy(0.1, target_threshold=0.2)(logits, labels), expected)
 
 
-def test_a_binary_loss_smooths_mixed_labels_with_their_own_prior():
+@pytest.mark.parametrize("prior", [torch.tensor([0.4, 0.3, 0.2, 0.1]), torch.eye(K).roll(1, 0)], ids=["prior", "rows"])
+def test_a_binary_loss_smooths_towards_all_classes_alike_what_has_a_prior(prior):
     logits, labels = batch()
-    prior = torch.tensor([0.4, 0.3, 0.2, 0.1])
     smoothed = smooth_labels(labels, 0.5, prior)
-    expected = F.binary_cross_entropy_with_logits(logits, soft_targets(smooth_labels(smoothed, 0.1, prior), K).double())
+    targets = 0.9 * soft_targets(smoothed, K).double() + 0.1 / K
+    expected = F.binary_cross_entropy_with_logits(logits, targets)
     torch.testing.assert_close(BinaryCrossEntropy(0.1)(logits, smoothed), expected, rtol=1e-6, atol=1e-6)
+
+
+@every_shape
+@pytest.mark.parametrize("ignore_index", [-100, 2])
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("sum_classes", [False, True])
+def test_a_binary_loss_leaves_out_what_is_ignored(shape, ignore_index, threshold, sum_classes):
+    """Of a mix the components that are not ignored count, each with its share; of dense targets the numbers."""
+    logits, labels = batch(shape)
+    labels.view(-1)[0] = ignore_index
+    other, share = labels.flip(0), torch.linspace(0.25, 1, len(labels), dtype=torch.float64)
+    share = share.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    dense = torch.rand_like(logits)
+    dense.view(-1)[:2] = min(ignore_index, -100)
+    options = {"target_threshold": threshold, "sum_classes": sum_classes}
+
+    def by_loop(parts):
+        """(targets, counts), of each class and place."""
+        targets, counts = torch.zeros_like(logits), torch.zeros_like(logits)
+        for own, part in parts:
+            for place in [tuple(p) for p in torch.ones(shape).nonzero().tolist()]:
+                if own[place] != ignore_index:
+                    n, *rest = place
+                    targets[(n, own[place], *rest)] += part[place]
+                    counts[(n, slice(None), *rest)] += part[place]
+        return 0.9 * targets / counts.where(counts > 0, 1) + 0.1 / K, counts
+
+    cases = [
+        (labels, *by_loop([(labels, torch.ones(shape))])),
+        (MixedLabels(labels, other, share), *by_loop([(labels, share), (other, 1 - share)])),
+    ]
+    if ignore_index < 0:
+        counts = (dense != ignore_index).double()
+        cases.append((dense, torch.where(counts > 0, 0.9 * dense + 0.05, 0.5), counts))
+    for given, targets, counts in cases:
+        targets = targets if threshold is None else (targets > threshold).double()
+        losses = counts * binary_by_loop(logits, targets)
+        losses = losses.sum(1) if sum_classes else losses
+        total = counts.amax(1).sum() if sum_classes else counts.sum()
+        for reduction, wanted in (("mean", losses.sum() / total), ("sum", losses.sum()), ("none", losses)):
+            loss = BinaryCrossEntropy(0.1, **options, reduction=reduction, ignore_index=ignore_index)
+            torch.testing.assert_close(loss(logits, given), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_logits_of_what_a_binary_loss_ignores_do_not_matter():
+    logits, labels = torch.tensor([[0.0, 1.0], [math.nan, math.inf]]), torch.tensor([0, -100])
+    expected = BinaryCrossEntropy(0.1)(logits[:1], labels[:1])
+    torch.testing.assert_close(BinaryCrossEntropy(0.1)(logits, labels), expected)
+    assert BinaryCrossEntropy()(logits, labels[1:].expand(2)).isnan()  # as torch's mean of nothing
+
+
+def test_a_binary_mean_of_many_coarse_losses_is_finite():
+    logits = torch.full((200, K), 400.0, dtype=torch.float16)
+    assert BinaryCrossEntropy(0.0)(logits, torch.zeros_like(logits)).item() == 400
+
+
+def test_floating_targets_of_a_binary_loss_may_be_any_label_that_is_ignored():
+    """A 1 of dense targets is a share, and no label."""
+    logits, labels = batch()
+    targets = F.one_hot(labels, K).double()
+    expected = F.binary_cross_entropy_with_logits(logits, targets)
+    torch.testing.assert_close(BinaryCrossEntropy(0.0, ignore_index=1)(logits, targets), expected)
+
+
+LOSSES = [LabelSmoothingCrossEntropy(0.1), SoftTargetCrossEntropy(), BinaryCrossEntropy(0.1)]
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+
+
+@every_loss
+def test_multi_hot_integers_are_refused(loss):
+    codes = torch.randint(2, (6, K))
+    text = f"{type(loss).__name__}: labels must be of shape (6,), got (6, 4). Make multi-hot targets floating in the"
+    for labels in (codes, MixedLabels(codes, codes.flip(0), 0.5), codes.bool()):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            loss(torch.zeros(6, K), labels)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("chunk", [1, 1 << 18])
+def test_labels_are_integers_of_any_size_however_many(loss, dtype, chunk, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    logits, labels = batch()
+    for training in (True, False):
+        loss.train(training)
+        torch.testing.assert_close(loss(logits, labels.to(dtype)), loss(logits, labels), rtol=1e-12, atol=0)
+        with torch.no_grad():
+            mixed = MixedLabels(labels.to(dtype), labels.flip(0).to(dtype), 0.6)
+            expected = loss(logits, MixedLabels(labels, labels.flip(0), 0.6))
+            torch.testing.assert_close(loss(logits, mixed), expected, rtol=1e-12, atol=0)
+    loss.train()
+
+
+@pytest.mark.parametrize("count", [1, K + 1])
+def test_class_weights_of_other_classes_are_refused(count):
+    logits, labels = batch()
+    weight = torch.ones(count)
+    fix = f"must be of shape (4,), a number for each class that the logits have, got ({count},)."
+    mixed, dense = kinds_of_one_target(labels)
+    for make in (SoftTargetCrossEntropy, LabelSmoothingCrossEntropy):
+        for given in (labels, mixed, dense):
+            with pytest.raises(ValueError, match=re.escape(f"{make.__name__}: weight {fix}")):
+                make(weight=weight)(logits, given)
+    for name in ("weight", "pos_weight"):
+        for given in (labels, mixed, dense):
+            with pytest.raises(ValueError, match=re.escape(f"BinaryCrossEntropy: {name} {fix}")):
+                BinaryCrossEntropy(**{name: weight})(logits, given)
 
 
 def test_a_binary_loss_has_an_exact_gradient_and_needs_no_batch():

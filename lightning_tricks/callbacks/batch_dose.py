@@ -43,6 +43,9 @@ class Dose:
         self._prob: float = 1.0 if callable(prob) else prob
         self._strength: float = 1.0 if callable(strength) else strength
         self._schedules: dict[str, Schedule] = {}
+        # What the user gave: a window has a schedule of the probability for its own sake.
+        edge = "start" if stop is None else "stop"
+        self._named = {"prob": "prob" if callable(prob) else edge, "strength": "strength"}
         if callable(prob):
             check_schedule(owner, "prob", prob)
         else:
@@ -54,8 +57,6 @@ class Dose:
             check_schedule(owner, "strength", strength)
             self._schedules["strength"] = strength
         else:
-            fix = "1 takes the transforms as they are"
-            check_number(owner, "strength", strength, "finite and at least 0", fix, lambda value: value >= 0)
             self._at(strength)
         if strength != 1 and not any(map(has_strength, transforms)):
             fix = "Leave strength out; prob= makes transforms rarer"
@@ -92,18 +93,24 @@ class Dose:
 
     @property
     def transforms(self) -> list[Transform]:
-        """The transforms at the strength in force for the batch of the next real step."""
+        """The transforms at the strength in force for the batch of the next real step.
+
+        Raises:
+            ValueError: a schedule that has become negative.
+        """
         return self._at(self._strength * self._factor("strength"))
 
     def _factor(self, name: str) -> float:
         return self._clocks[name].factor if name in self._clocks else 1.0
 
     def _at(self, strength: float) -> list[Transform]:
+        fix = "1 takes the transforms as they are"
+        check_number(self._owner, "strength", strength, "finite and at least 0", fix, lambda value: value >= 0)
         return [at_strength(transform, strength) for transform in self._transforms]
 
     def _new_clocks(self) -> dict[str, Clock]:
         return {
-            name: Clock(f"{self._owner}({name})", schedule, self._total_steps, on_mismatch="use_new")
+            name: Clock(f"{self._owner}({self._named[name]})", schedule, self._total_steps, on_mismatch="use_new")
             for name, schedule in self._schedules.items()
         }
 

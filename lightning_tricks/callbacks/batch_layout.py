@@ -4,8 +4,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lightning_tricks.callbacks.batches import Place, check_place, describe, name_place, read_place, write_place
-from lightning_tricks.functional.checks import message
+from lightning_tricks.callbacks.batches import (
+    Place,
+    check_place,
+    describe,
+    is_none_at,
+    name_place,
+    read_place,
+    write_place,
+)
+from lightning_tricks.functional.checks import check_labels, message
 from lightning_tricks.transforms.masks import is_mask
 
 
@@ -27,6 +35,7 @@ class Layout:
         masks: place or list of places, or None.
     Raises:
         TypeError: what is no place.
+        ValueError: two of one place.
     """
 
     def __init__(
@@ -37,9 +46,15 @@ class Layout:
         self._masks = [] if masks is None else _several(masks)
         self._labels = labels
         named = [("images", self._images), ("labels", [] if labels is None else [labels]), ("masks", self._masks)]
+        taken = set[Any]()
         for name, places in named:
             for place in places:
                 check_place(owner, name, place)
+                key = place if isinstance(place, tuple) and callable(place[0]) else str(name_place(place))
+                if key in taken:
+                    fix = "Say where each is; labels=None where there are none"
+                    raise ValueError(message(owner, name, "places of their own", place, fix))
+                taken.add(key)
         if not self._images:
             fix = "Say where they are in a batch, as 0 or 'image'"
             raise TypeError(message(owner, "images", "at least one place", images, fix))
@@ -49,6 +64,16 @@ class Layout:
             **({"masks": _named(masks)} if self._masks else {}),
         }
         """What the run's configuration shows."""
+
+    def is_empty(self, batch: Any) -> bool:
+        """Whether a batch says that it has no images, and has no labels or masks either.
+
+        Args:
+            batch: a batch of any stage.
+        """
+        others = [*self._masks, *([] if self._labels is None else [self._labels])]
+        images = all(is_none_at(batch, place) for place in self._images)
+        return images and all(read_place(batch, place) is None for place in others)
 
     def read(self, batch: Any) -> Items:
         """What the transforms see.
@@ -117,10 +142,7 @@ class Layout:
 
     def _check(self, images: list[Tensor], labels: Tensor | None, masks: list[Tensor]) -> None:
         first = images[0]
-        if labels is not None and (labels.dim() == 0 or len(labels) != len(first)):
-            got = f"{tuple(labels.shape)} for images {tuple(first.shape)}"
-            fix = "Say where they are with labels="
-            raise ValueError(message(self._owner, "labels", "one for each image", got, fix))
+        check_labels(self._owner, labels, first, "Say where they are with labels=")
         if any((len(other), other.shape[2:]) != (len(first), first.shape[2:]) for other in images[1:]):
             got = ", ".join(str(tuple(image.shape)) for image in images)
             fix = "Images that go by the same draw have one number, height and width; resize them, or leave some out"

@@ -64,7 +64,8 @@ class BatchTransforms(Callback):
             same draw. Each is the labels to the transforms, LabelSmoothing too: give that to a BatchTransforms of its
             own. `targets` is not about them.
         prob: probability that an image is transformed, drawn once for all transforms; or a schedule of it, (step,
-            total_steps) -> number in [0, 1], as `Linear(0, 1)`. Only then the images keep their size and dtype.
+            total_steps) -> number in [0, 1], as `Linear(0, 1)`. Only then the images keep their size and dtype. Those
+            drawn are mixed among themselves: one that is drawn alone stays unmixed, as `RandomApply` says.
         strength: what every transform that has a strength is `scaled` by, at least 0; or a schedule of it. At 0 these
             are left out; flips, crops and the like have none, and are applied as they are.
         start: stretch of the run that is left out at the beginning: `int` = optimizer steps, `float` in (0, 1) =
@@ -78,8 +79,8 @@ class BatchTransforms(Callback):
     Raises:
         TypeError: no transforms, a `training_step` that takes a `dataloader_iter`, or a batch without images and labels
             where they should be.
-        ValueError: an argument out of range, labels that are not as many as the images, images or masks of several
-            sizes, a schedule that leaves [0, 1], or a run of unknown length.
+        ValueError: an argument out of range or of no effect, labels that are not as many as the images, images or masks
+            of several sizes, a schedule that leaves [0, 1], or a run of unknown length.
         RuntimeError: in a step with a loss, mixed labels that no loss used which knows them, or a batch that went past
             the transforms. (Of several losses, one that knows them is enough.)
     Example:
@@ -117,8 +118,14 @@ class BatchTransforms(Callback):
         if targets == "soft" and num_classes is None:
             fix = "Dense targets have a column for each class"
             raise ValueError(message(OWNER, "num_classes", "given with targets='soft'", num_classes, fix))
+        if targets == "soft" and labels is None:
+            fix = "Dense targets are made of labels: say where they are"
+            raise ValueError(message(OWNER, "labels", "given with targets='soft'", labels, fix))
         if num_classes is not None:
             check_count(OWNER, "num_classes", num_classes, 1, "classes", "Give what the logits have")
+            if targets == "mixed":
+                fix = "It is for targets='soft'; mixed labels take it from the logits"
+                raise ValueError(message(OWNER, "num_classes", "None with targets='mixed'", num_classes, fix))
         check_count(OWNER, "log_pictures", log_pictures, 0, "images", "0 shows none")
         self.images, self.labels, self.masks = images, labels, masks
         self.seed, self.targets, self.num_classes = seed, targets, num_classes
@@ -286,7 +293,7 @@ class BatchTransforms(Callback):
             return batch
         if trainer.training:
             return self._train(batch, trainer) if self._waiting else batch
-        if not self._always or self._evaluating or batch is None:
+        if not self._always or self._evaluating or batch is None or self._layout.is_empty(batch):
             return batch
         images = self._layout.read_images(batch)
         new = [apply_chain(OWNER, self._always, image, None, Generator())[0] for image in images]
@@ -294,7 +301,8 @@ class BatchTransforms(Callback):
 
     def _train(self, batch: Any, trainer: pl.Trainer) -> Any:
         self._transformed, self._had_loss, self._mixed = True, False, []
-        if batch is None:  # Lightning skips it
+        # Lightning skips a batch of None; of several loaders one that has run out gives None.
+        if batch is None or self._layout.is_empty(batch):
             return batch
         given = self._layout.read(batch)
         transforms, prob, seed = self._dose.transforms, self._dose.prob, self._draw_seed(trainer)

@@ -13,6 +13,7 @@ Place: TypeAlias = int | str | tuple[int | str, ...] | tuple[Callable[..., Any],
 `"inputs.image"`; or two functions, `get(batch) -> tensor` and `put(batch, tensor) -> new batch`."""
 
 _DEPTH, _ITEMS = 4, 6
+_NOTHING = object()
 
 
 def describe(batch: Any, depth: int = _DEPTH) -> str:
@@ -101,6 +102,26 @@ def read_place(batch: Any, place: Place) -> Any:
     return batch
 
 
+def is_none_at(batch: Any, place: Place) -> bool:
+    """Whether a batch says None at a place or on the way to it, as CombinedLoader does for a loader that has run out.
+
+    Args:
+        batch: what `read_place` reads from.
+        place: where; of functions it is never known.
+    Example:
+        >>> batch = {"labelled": None, "other": 1}
+        >>> is_none_at(batch, "labelled.0"), is_none_at(batch, "other.0"), is_none_at(batch, "mistyped.0")
+        (True, False, False)
+    """
+    if _is_pair(place):
+        return False
+    for key in _path(batch, place):
+        batch = read_item(batch, key, _NOTHING)
+        if batch is None:
+            return True
+    return False
+
+
 def write_place(batch: Any, place: Place, value: Any) -> Any:
     """A copy of a batch with another value at a place; what is beside the way to it is shared.
 
@@ -137,24 +158,25 @@ def _path(batch: Any, place: Place) -> tuple[Any, ...]:
     return (place,)
 
 
-def read_item(batch: Any, where: int | str) -> Any:
+def read_item(batch: Any, where: int | str, default: Any = None) -> Any:
     """An item of a batch.
 
     Args:
         batch: a tuple, list, mapping, dataclass or plain object.
         where: its index, key or attribute; an index may be written as a string.
+        default: what to return where there is none.
     Returns:
-        The item; None where there is none.
+        The item, or `default`.
     """
     if isinstance(batch, Tensor):  # its rows are samples
-        return None
+        return default
     where = _key(batch, where)
     if isinstance(batch, Mapping):
-        return batch.get(where)  # a defaultdict would make what it has not
+        return batch.get(where, default)  # a defaultdict would make what it has not
     try:
         return getattr(batch, where) if isinstance(where, str) else batch[where]
     except (KeyError, IndexError, TypeError, AttributeError):
-        return None
+        return default
 
 
 def _key(batch: Any, where: int | str) -> int | str:

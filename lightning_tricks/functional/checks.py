@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 LARGEST = sys.float_info.max
+ROUNDING = 1e-6
+"""What a resized image may leave [0, 1] by: the weights of its pixels add up to 1 in float32."""
 
 
 def message(owner: str, name: str, condition: str, got: Any, fix: str) -> str:
@@ -96,6 +98,63 @@ def check_images(owner: str, images: Tensor) -> None:
     if images.dim() != 4:
         fix = "Add the missing dimension, or leave this transform out"
         raise ValueError(message(owner, "images", "of shape (N, C, H, W)", tuple(images.shape), fix))
+
+
+def check_labels(
+    owner: str, labels: Tensor | None, images: Tensor, fix: str = "Give those of the same batch, or None"
+) -> None:
+    """Raise unless there is a label for each image, or none at all.
+
+    Args:
+        owner: class or function named in the error.
+        labels: (N, ...) or None.
+        images: (N, ...).
+        fix: as in `message`.
+    Raises:
+        ValueError: another number of labels.
+    Example:
+        >>> import torch
+        >>> check_labels("Mixup", torch.arange(2), torch.zeros(2, 1, 8, 8))
+    """
+    if labels is not None and (labels.dim() == 0 or len(labels) != len(images)):
+        got = f"{tuple(labels.shape)} for images {tuple(images.shape)}"
+        raise ValueError(message(owner, "labels", "one for each image", got, fix))
+
+
+def check_unit(owner: str, images: Tensor) -> None:
+    """Raise unless floating images lie in [0, 1], apart from the rounding of a resize.
+
+    The values are looked at on a CPU only: on another device that would wait for it.
+
+    Args:
+        owner: class or function named in the error.
+        images: of any shape and dtype.
+    Raises:
+        ValueError: values outside, as normalised images have.
+    Example:
+        >>> import torch
+        >>> check_unit("RandAugment", torch.rand(2, 1, 8, 8))
+    """
+    if not (images.is_floating_point() and images.device.type == "cpu" and images.numel()):
+        return
+    low, high = (value.item() for value in torch.aminmax(images.detach()))
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+        fix = "Normalise after this transform, not before it"
+        raise ValueError(message(owner, "images", "in [0, 1]", f"{low} to {high}", fix))
+
+
+def tuples(value: Any, *names: str) -> None:
+    """Turn the lists in fields of a frozen dataclass, as a YAML file gives them, into tuples: it is a value.
+
+    Args:
+        value: a frozen dataclass, which is changed.
+        names: fields; those that hold no list stay.
+    """
+    for name in names:
+        held = getattr(value, name)
+        if isinstance(held, (list, tuple)):
+            held = tuple(tuple(part) if isinstance(part, list) else part for part in held)
+            object.__setattr__(value, name, held)
 
 
 def check_numbers(

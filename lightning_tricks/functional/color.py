@@ -8,6 +8,9 @@ from torch import Generator, Tensor
 from lightning_tricks.functional.checks import check_channels, check_images, message
 from lightning_tricks.functional.geometry import at_once
 
+UNCHANGED = torch.tensor([1.0, 1.0, 1.0, 0.0], device="cpu", dtype=torch.float32)
+"""Factors of brightness, contrast and saturation and shift of hue that leave an image as it is."""
+
 
 def sample_jitter(
     count: int,
@@ -34,11 +37,10 @@ def sample_jitter(
         >>> amounts.shape, sorted(order[0].tolist())
         (torch.Size([5, 4]), [0, 1, 2, 3])
     """
-    reach = torch.tensor([brightness, contrast, saturation, hue])
-    middle = torch.tensor([1.0, 1.0, 1.0, 0.0])
-    low = torch.maximum(middle - reach, torch.tensor([0.0, 0.0, 0.0, -0.5]))
-    amounts = low + (middle + reach - low) * torch.rand((count, 4), generator=generator)
-    return amounts, torch.rand((count, 4), generator=generator).argsort(1)
+    reach = torch.tensor([brightness, contrast, saturation, hue], device="cpu", dtype=torch.float32)
+    low = torch.maximum(UNCHANGED - reach, torch.tensor([0.0, 0.0, 0.0, -0.5], device="cpu", dtype=torch.float32))
+    uniform = torch.rand((2, count, 4), generator=generator, device="cpu", dtype=torch.float32)
+    return low + (UNCHANGED + reach - low) * uniform[0], uniform[1].argsort(1)
 
 
 def jitter(images: Tensor, amounts: Tensor, order: Tensor, inplace: bool = False) -> Tensor:
@@ -68,7 +70,7 @@ def jitter(images: Tensor, amounts: Tensor, order: Tensor, inplace: bool = False
     """
     check_images("jitter", images)
     channels = images.shape[1]
-    active = amounts != torch.tensor([1.0, 1.0, 1.0, 0.0])
+    active = amounts != UNCHANGED
     if channels not in (0, 1, 3) and bool(active[:, 2:].any()):
         fix = "Leave saturation and hue at 0 for images of no colours"
         raise ValueError(message("ColorJitter", "images", "of 1 or 3 channels (N, C, H, W)", tuple(images.shape), fix))
@@ -107,7 +109,7 @@ def _blended(images: Tensor, factor: Tensor, kind: int, whole: bool) -> Tensor:
 
 
 def _turned(images: Tensor, shift: Tensor, top: float, whole: bool) -> Tensor:
-    """Hue, in place, on the hexagon of hues: red lies at 0, green at 2, blue at 4 of 6."""
+    """Hue, on the hexagon of hues: red lies at 0, green at 2, blue at 4 of 6."""
     red, green, blue = images.div_(top).chunk(3, dim=1)
     high = torch.maximum(torch.maximum(red, green), blue)
     low = torch.minimum(torch.minimum(red, green), blue)
@@ -115,10 +117,10 @@ def _turned(images: Tensor, shift: Tensor, top: float, whole: bool) -> Tensor:
     span = chroma + (chroma == 0)  # grey has any hue
     hue = torch.where(high == green, (blue - red).div_(span).add_(2), (red - green).div_(span).add_(4))
     hue = torch.where(high == red, (green - blue).div_(span), hue).add_(6 * shift).remainder_(6)
-    red.copy_((hue - 3).abs_().sub_(1))
-    green.copy_((hue - 2).abs_().neg_().add_(2))
-    blue.copy_((hue - 4).abs_().neg_().add_(2))
-    images.clamp_(0, 1).mul_(chroma).add_(low)
+    red = (hue - 3).abs_().sub_(1)
+    green = (hue - 2).abs_().neg_().add_(2)
+    blue = (hue - 4).abs_().neg_().add_(2)
+    images = torch.cat([red, green, blue], dim=1).clamp_(0, 1).mul_(chroma).add_(low)
     # Integers: equal shares of [0, 1], as torchvision has it.
     return images.mul_(top + 1 - 1e-3) if whole else images
 
@@ -138,7 +140,7 @@ def sample_lighting(count: int, std: float = 0.1, generator: Generator | None = 
         >>> sample_lighting(4).shape
         torch.Size([4, 3])
     """
-    return torch.randn((count, 3), generator=generator) * std
+    return torch.randn((count, 3), generator=generator, device="cpu", dtype=torch.float32) * std
 
 
 def lighting(

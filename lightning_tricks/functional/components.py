@@ -87,6 +87,22 @@ def changed(
     )
 
 
+def common_smoothing(components: Sequence[Component]) -> float | None:
+    """The smoothing of components.
+
+    Args:
+        components: at least one.
+    Returns:
+        A number, where it is the same for all; else None.
+    Example:
+        >>> common_smoothing([Component(torch.tensor([1]), torch.ones(1), 0.1)])
+        0.1
+    """
+    first = components[0].smoothing
+    numbers = all(not isinstance(part.smoothing, Tensor) and part.smoothing == first for part in components)
+    return first if numbers and not isinstance(first, Tensor) else None
+
+
 def joined(parts: Sequence[Sequence[Component]], join: Callable[[list[Tensor]], Tensor]) -> tuple[Component, ...]:
     """Join the components of several tensors of labels, the first with the first.
 
@@ -106,10 +122,8 @@ def joined(parts: Sequence[Sequence[Component]], join: Callable[[list[Tensor]], 
     ]
     result = []
     for row in zip(*padded, strict=True):
-        first = row[0].smoothing
-        smoothing: float | Tensor = first
-        if isinstance(first, Tensor) or any(isinstance(c.smoothing, Tensor) or c.smoothing != first for c in row):
-            smoothing = join([component.filled() for component in row])
+        common = common_smoothing(row)
+        smoothing = join([component.filled() for component in row]) if common is None else common
         result.append(Component(join([c.labels for c in row]), join([c.share for c in row]), smoothing))
     return tuple(result)
 
@@ -150,12 +164,15 @@ def merged(components: Sequence[Component]) -> tuple[Component, ...]:
     """
     labels, order = torch.stack([component.labels for component in components]).sort(dim=0)
     share = torch.stack([component.share for component in components]).gather(0, order)
-    spread = torch.stack([component.spread() for component in components]).gather(0, order)
     slot = torch.zeros_like(order)
     slot[1:] = (labels[1:] != labels[:-1]).cumsum(0)
     count = int(slot.max()) + 1 if slot.numel() else 1
     own = labels[:1].repeat(count, *[1] * (labels.dim() - 1)).scatter_(0, slot, labels)
     total = torch.zeros_like(share[:1]).repeat(count, *[1] * (share.dim() - 1)).scatter_add_(0, slot, share)
+    common = common_smoothing(components)
+    if common is not None:
+        return tuple(Component(labels, share, common) for labels, share in zip(own, total, strict=True))
+    spread = torch.stack([component.spread() for component in components]).gather(0, order)
     spread = torch.zeros_like(total).scatter_add_(0, slot, spread)
     smoothing = torch.where(total > 0, spread / total, 0.0)
     return tuple(map(Component, own, total, smoothing))
@@ -180,7 +197,7 @@ def dense(components: Sequence[Component], num_classes: int, prior: Tensor | Non
     """
     check_prior_fits("soft_targets", prior, num_classes)
     first = components[0].share
-    targets = torch.zeros((*first.shape, num_classes), device=first.device)
+    targets = torch.zeros((*first.shape, num_classes), dtype=first.dtype, device=first.device)
     for component in components:
         own = component.labels.long()
         # A look at the labels would break a compiled graph.
@@ -213,3 +230,22 @@ def check_prior_fits(owner: str, prior: Tensor | None, num_classes: int) -> None
     if prior is not None and prior.shape[-1] != num_classes:
         fix = "Give LabelSmoothing a prior with one number for each class that the logits have"
         raise ValueError(message(owner, "prior", f"of {num_classes} classes", prior.shape[-1], fix))
+
+
+def check_weight_fits(owner: str, weight: Tensor | None, num_classes: int, name: str = "weight") -> None:
+    """Raise unless class weights are those of so many classes.
+
+    Args:
+        owner: class or function named in the error.
+        weight: (K,) or None.
+        num_classes: number of classes K that the logits or targets have.
+        name: argument named in the error.
+    Raises:
+        ValueError: another shape.
+    Example:
+        >>> check_weight_fits("F.cross_entropy", torch.tensor([1.0, 2.0]), 2)
+    """
+    if weight is not None and weight.shape != (num_classes,):
+        condition = f"of shape ({num_classes},), a number for each class that the logits have"
+        fix = "Give as many weights as the model has outputs"
+        raise ValueError(message(owner, name, condition, tuple(weight.shape), fix))

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.nn.parameter import Parameter
 
 from lightning_tricks.functional.checks import message
-from lightning_tricks.functional.components import Component, check_prior_fits
+from lightning_tricks.functional.components import Component, check_prior_fits, check_weight_fits, common_smoothing
 
 CHUNK = 1 << 18
 """Logits that are worked on at once: what is made of them stays in a CPU's cache, in memory that is used again and
@@ -71,7 +71,7 @@ def mixed_nll(
     Returns:
         A scalar, or the loss of each label.
     Raises:
-        ValueError: a prior of another number of classes.
+        ValueError: a prior or weights of another number of classes.
     References:
         Zhang et al., 2018, arXiv:1710.09412, eq. 1; Szegedy et al., 2016, arXiv:1512.00567, section 7.
         Deviates: normalised as for integer labels, so that an unmixed batch has torch's loss with class weights too.
@@ -105,7 +105,7 @@ def mixed_cross_entropy(
     Returns:
         A scalar, or the loss of each label; of the dtype of the logits, under autocast float32.
     Raises:
-        ValueError: a prior of another number of classes.
+        ValueError: a prior or weights of another number of classes.
     Example:
         >>> mixed_cross_entropy(torch.tensor([[2.0, 0.0]]), [(torch.tensor([0]), torch.tensor([1.0]))])
         tensor(0.1269)
@@ -153,6 +153,7 @@ def soft_cross_entropy(
     single = logits.dim() == 1
     batch, dense = (logits.unsqueeze(0), targets.unsqueeze(0)) if single else (logits, targets)
     dtype, classes = _working_dtype(logits), batch.shape[1]
+    check_weight_fits("F.cross_entropy", weight, classes)
     ones = torch.ones(classes, dtype=dtype, device=logits.device)
     if 0 <= ignore_index < classes:
         ones[ignore_index] = 0
@@ -185,6 +186,7 @@ def _mixed_target(
     """What a mix of labels is, of so many samples as the logits have."""
     classes, size = logits.shape[1], logits.shape[:1] + logits.shape[2:]
     check_prior_fits("F.cross_entropy", prior, classes)
+    check_weight_fits("F.cross_entropy", weight, classes)
     parts = [Component(*component) for component in components]
     single = parts[0].labels.dim() == 0 and size == (1,)  # one sample without a batch
     if parts[0].labels.shape != size and not single:
@@ -226,10 +228,8 @@ def _with_mass(target: _Target, smoothed: bool) -> _Target:
 
 def _epsilons(parts: list[Component], size: torch.Size) -> float | Tensor:
     """The smoothing of the components, a number where it is the same for all."""
-    first = parts[0].smoothing
-    if not isinstance(first, Tensor) and all(part.smoothing is first or part.smoothing == first for part in parts):
-        return first
-    return torch.stack([part.filled().reshape(size) for part in parts], dim=1)
+    common = common_smoothing(parts)
+    return torch.stack([part.filled().reshape(size) for part in parts], dim=1) if common is None else common
 
 
 # ---------------------------------------------------------------------- the loss
@@ -333,8 +333,11 @@ class _InChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        logits, _ = ctx.saved_tensors
         target, kept, ctx.kept = ctx.target, ctx.kept, None
+        # The softmax is enough, as it is for torch: the logits may have changed since, which saved tensors refuse.
+        logits = kept
+        if kept is None or target.dense is not None or torch.is_grad_enabled():
+            logits, _ = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient will be differentiated
             losses = _losses(torch.log_softmax(logits.to(grad.dtype), dim=1), target)
             return *torch.autograd.grad(losses, logits, grad, create_graph=True), None

@@ -27,8 +27,8 @@ def sample_centers(count: int, holes: int, height: int, width: int, generator: G
         >>> sample_centers(4, 1, 8, 8).shape
         torch.Size([4, 1, 2])
     """
-    rows = torch.randint(height, (count, holes), generator=generator)
-    columns = torch.randint(width, (count, holes), generator=generator)
+    rows = torch.randint(height, (count, holes), generator=generator, device="cpu")
+    columns = torch.randint(width, (count, holes), generator=generator, device="cpu")
     return torch.stack([rows, columns], dim=-1)
 
 
@@ -67,16 +67,16 @@ def sample_erasing(
         >>> bottom - top, right - left
         (16, 16)
     """
-    size = torch.tensor([height, width])
-    chance = torch.rand(count, 1, dtype=torch.float64, generator=generator)
-    place = torch.rand(count, 2, dtype=torch.float64, generator=generator)
-    share, stretch = torch.rand(2, count, ATTEMPTS, dtype=torch.float64, generator=generator)
+    size = torch.tensor([height, width], device="cpu")
+    chance = torch.rand(count, 1, dtype=torch.float64, generator=generator, device="cpu")
+    place = torch.rand(count, 2, dtype=torch.float64, generator=generator, device="cpu")
+    share, stretch = torch.rand(2, count, ATTEMPTS, dtype=torch.float64, generator=generator, device="cpu")
     area = height * width * (scale[0] + (scale[1] - scale[0]) * share)
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = (low + (high - low) * stretch).exp()
     sides = torch.stack([area * aspect, area / aspect], dim=-1).sqrt().round().long()
     fits = ((sides >= 1) & (sides <= size)).all(dim=-1)
-    side = sides[torch.arange(count), fits.int().argmax(dim=1)]
+    side = sides[torch.arange(count, device="cpu"), fits.int().argmax(dim=1)]
     first = (place * (size - side + 1)).long()
     erased = fits.any(dim=1, keepdim=True) & (chance < prob)
     return (torch.cat([first, first + side], dim=-1) * erased).unsqueeze(1)
@@ -170,7 +170,7 @@ def erase(images: Tensor, boxes: Tensor, fill: float | Sequence[float] = 0.0, in
         for part, value in zip(parts, values, strict=False):  # a batch without channels takes any fill
             part.masked_fill_(mask, value)
         return result
-    written = pixels(torch.tensor(values[: max(1, images.shape[1])], dtype=images.dtype).view(-1, 1, 1))
+    written = pixels(torch.tensor(values[: max(1, images.shape[1])], dtype=images.dtype, device="cpu").view(-1, 1, 1))
     for image, holes in zip(array, boxes.tolist(), strict=True):
         for top, left, bottom, right in holes:
             image[:, top:bottom, left:right] = written
@@ -208,9 +208,9 @@ def erase_with_noise(images: Tensor, boxes: Tensor, seeds: Tensor, inplace: bool
         for top, left, bottom, right in holes:
             window = result[n, :, top:bottom, left:right]
             if images.is_floating_point():
-                noise = torch.randn(window.shape, generator=source)
+                noise = torch.randn(window.shape, generator=source, device="cpu", dtype=torch.float32)
             else:
-                noise = torch.randint(256, window.shape, generator=source, dtype=torch.uint8)
+                noise = torch.randint(256, window.shape, generator=source, dtype=torch.uint8, device="cpu")
             window.copy_(noise, non_blocking=True)
     return result
 

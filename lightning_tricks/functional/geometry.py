@@ -1,5 +1,6 @@
 """Flips, crops and resized crops: draw the places, then move the pixels."""
 
+import math
 from typing import Literal
 
 import torch
@@ -42,7 +43,7 @@ def sample_flips(count: int, prob: float = 0.5, generator: Generator | None = No
         >>> sample_flips(3, prob=1.0)
         tensor([True, True, True])
     """
-    return torch.rand(count, generator=generator) < prob
+    return torch.rand(count, generator=generator, device="cpu", dtype=torch.float32) < prob
 
 
 def flip(images: Tensor, flips: Tensor, axis: Axis = "horizontal", inplace: bool = False) -> Tensor:
@@ -94,8 +95,8 @@ def sample_crops(
     if size[0] > height or size[1] > width:
         condition = f"at most {(height, width)}, an image with its padding (pixels)"
         raise ValueError(message("RandomCrop", "size", condition, size, "Give more padding, or resize first"))
-    rows = torch.randint(height - size[0] + 1, (count,), generator=generator)
-    columns = torch.randint(width - size[1] + 1, (count,), generator=generator)
+    rows = torch.randint(height - size[0] + 1, (count,), generator=generator, device="cpu")
+    columns = torch.randint(width - size[1] + 1, (count,), generator=generator, device="cpu")
     return torch.stack([rows, columns], dim=-1)
 
 
@@ -201,10 +202,10 @@ def sample_resized_crops(
         >>> sample_resized_crops(1, 8, 8, scale=(1.0, 1.0), ratio=(1.0, 1.0))
         tensor([[0, 0, 8, 8]])
     """
-    uniform = torch.rand((2, ATTEMPTS, count), dtype=torch.float64, generator=generator)
-    places = torch.rand((2, count), dtype=torch.float64, generator=generator)
+    uniform = torch.rand((2, ATTEMPTS, count), dtype=torch.float64, generator=generator, device="cpu")
+    places = torch.rand((2, count), dtype=torch.float64, generator=generator, device="cpu")
     area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform[0])
-    log_low, log_high = torch.tensor(ratio, dtype=torch.float64).log().tolist()
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     aspect = (log_low + (log_high - log_low) * uniform[1]).exp()
     heights, widths = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (heights >= 1) & (heights <= height) & (widths >= 1) & (widths <= width)
@@ -265,4 +266,4 @@ def resized_crop(
 
 def _nearest(first: Tensor, length: Tensor, size: int) -> Tensor:
     """Places in which the middles of `size` new pixels lie: (N, size), of (N,) first places and lengths."""
-    return first[:, None] + (2 * torch.arange(size) + 1) * length[:, None] // (2 * size)
+    return first[:, None] + (2 * torch.arange(size, device="cpu") + 1) * length[:, None] // (2 * size)

@@ -18,7 +18,8 @@ def sample_beta(alpha: float, size: tuple[int, ...], generator: Generator | None
 
         weight = g1 / (g1 + g2),  g ~ Gamma(alpha) = Gamma(alpha + 1) * U ** (1 / alpha)
 
-    The ratio is taken between logarithms, so that a tiny alpha gives 0 or 1 and never 0 / 0.
+    The ratio is taken between logarithms, so that a tiny alpha gives 0 or 1 and never 0 / 0; those of U are subtracted
+    before they are divided, so that it is not the difference of two infinities.
 
     Args:
         alpha: concentration, above 0; 1 is uniform, small values stay near 0 and 1.
@@ -33,11 +34,11 @@ def sample_beta(alpha: float, size: tuple[int, ...], generator: Generator | None
         torch.Size([3])
     """
     # torch.distributions takes no generator; this private function is the only sampler of gammas that does.
-    shape = torch.full((2, *size), alpha + 1.0, dtype=torch.float64)
+    shape = torch.full((2, *size), alpha + 1.0, dtype=torch.float64, device="cpu")
     gamma = torch._standard_gamma(shape, generator=generator)
-    uniform = 1 - torch.rand(shape.shape, dtype=torch.float64, generator=generator)
-    log_gamma = gamma.log() + uniform.log() / alpha
-    return torch.sigmoid(log_gamma[0] - log_gamma[1]).float()
+    uniform = 1 - torch.rand(shape.shape, dtype=torch.float64, generator=generator, device="cpu")
+    (log_gamma, other_gamma), (log_uniform, other_uniform) = gamma.log(), uniform.log()
+    return torch.sigmoid(log_gamma - other_gamma + (log_uniform - other_uniform) / alpha).float()
 
 
 def sample_partners(count: int, generator: Generator | None = None) -> Tensor:
@@ -60,7 +61,7 @@ def sample_partners(count: int, generator: Generator | None = None) -> Tensor:
         >>> partner[partner].tolist(), bool((partner == torch.arange(6)).any())
         ([0, 1, 2, 3, 4, 5], False)
     """
-    order = torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator, device="cpu")
     paired = max(count - 3, 0) if count % 2 else count
     partner = torch.empty_like(order)
     partner[order[:paired]] = order[:paired].view(-1, 2).flip(1).flatten()
@@ -160,7 +161,7 @@ def sample_cutmix(
     draws = count if per_sample else 1
     share = sample_beta(alpha, (draws, 1), generator).double()
     centers = sample_centers(draws, 1, height, width, generator).squeeze(1)
-    sides = ((1 - share).sqrt() * torch.tensor([height, width])).long()
+    sides = ((1 - share).sqrt() * torch.tensor([height, width], device="cpu")).long()
     boxes = clipped_boxes(centers, sides, height, width).expand(count, 4)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(dim=1).double()
     return boxes, (1 - area / (height * width)).float(), sample_partners(count, generator)

@@ -37,8 +37,8 @@ def affine_matrices(ops: Tensor, magnitudes: Tensor, height: int, width: int) ->
     shear_y = [one, zero, zero, magnitudes, one, magnitudes * width / 2]
     rotate = [cos, -sin, zero, sin, cos, zero]
     table = torch.stack(shear_x + shear_y + rotate).view(len(SHEARS_AND_TURNS), 6, -1)
-    matrices = table[ops, :, torch.arange(len(ops))].view(-1, 2, 3)
-    return matrices.float() / torch.tensor([[width / 2], [height / 2]])
+    matrices = table[ops, :, torch.arange(len(ops), device="cpu")].view(-1, 2, 3)
+    return matrices.float() / torch.tensor([[width / 2], [height / 2]], device="cpu", dtype=torch.float32)
 
 
 def warp(images: Tensor, matrices: Tensor, fill: float = 0.0) -> Tensor:
@@ -57,12 +57,13 @@ def warp(images: Tensor, matrices: Tensor, fill: float = 0.0) -> Tensor:
     """
     height, width = images.shape[-2:]
     matrices = matrices.to(images.device, non_blocking=True)[..., None, None]
-    column = torch.arange(width, device=images.device) + (0.5 - width / 2)
-    row = (torch.arange(height, device=images.device) + (0.5 - height / 2)).unsqueeze(-1)
+    column = torch.arange(width, device=images.device, dtype=torch.float32) + (0.5 - width / 2)
+    row = torch.arange(height, device=images.device, dtype=torch.float32) + (0.5 - height / 2)
+    row = row.unsqueeze(-1)
 
     # In float32, step by step: rounding decides about a pixel that lies between two others.
     place = (matrices[:, :, 0] * column + matrices[:, :, 1] * row).add_(matrices[:, :, 2])
-    size = torch.tensor([[[width]], [[height]]], dtype=torch.float32).to(images.device, non_blocking=True)
+    size = torch.tensor([[[width]], [[height]]], device="cpu", dtype=torch.float32).to(images.device, non_blocking=True)
     place = place.add_(1).mul_(size / 2).sub_(0.5).round_().clamp_(min=-1).minimum(size)
     # A border of one pixel holds what comes from outside.
     across, down = place.add_(1).int().unbind(1)

@@ -70,8 +70,8 @@ def sample_randaugment(
         >>> ops.shape, signs.shape
         (torch.Size([4, 2]), torch.Size([4, 2]))
     """
-    ops = torch.randint(choices, (count, num_ops), generator=generator)
-    return ops, 1 - 2 * torch.randint(2, (count, num_ops), generator=generator)
+    ops = torch.randint(choices, (count, num_ops), generator=generator, device="cpu")
+    return ops, 1 - 2 * torch.randint(2, (count, num_ops), generator=generator, device="cpu")
 
 
 def op_magnitudes(
@@ -93,10 +93,11 @@ def op_magnitudes(
         tensor([[-9.]], dtype=torch.float64)
     """
     # In float32, as torchvision has them: a threshold or a tie may hang on the last digit.
-    table = torch.stack([torch.linspace(*ranges.get(name, (0.0, 0.0)), num_bins) for name in OPS]).double()
+    rows = [torch.linspace(*ranges.get(name, (0.0, 0.0)), num_bins, device="cpu", dtype=torch.float32) for name in OPS]
+    table = torch.stack(rows).double()
     bins = bins.double()
     low, high = table[ops, bins.floor().long()], table[ops, bins.ceil().long()]
-    signed = torch.tensor([name in SIGNED for name in OPS])[ops]
+    signed = torch.tensor([name in SIGNED for name in OPS], device="cpu")[ops]
     return torch.lerp(low, high, bins.frac()) * torch.where(signed, signs, 1)
 
 

@@ -38,8 +38,10 @@ class Window:
         check_duration(self.owner, "start", self.start)
         if self.stop is not None:
             check_duration(self.owner, "stop", self.stop)
-            if type(self.start) is type(self.stop) and not isinstance(self.stop, str):
-                self._check_order(self.start, self.stop)
+            # Of several units only the run's length tells, unless one is 0.
+            start, stop = _number(self.start), _number(self.stop)
+            if type(self.start) is type(self.stop) or 0 in (start, stop):
+                self._check_order(start, stop)
 
     def __call__(self, step: float, total_steps: float) -> float:
         start = duration_in_steps(self.owner, "start", self.start, total_steps)
@@ -52,7 +54,11 @@ class Window:
             return 0.0
         return float(self.schedule(step, total_steps) if callable(self.schedule) else self.schedule)
 
-    def _check_order(self, start: Duration, stop: Duration) -> None:
-        if float(stop) <= float(start):
+    def _check_order(self, start: float, stop: float) -> None:
+        if stop <= start:
             fix = f"Both count from the run's beginning; here they are {start} and {stop}"
             raise ValueError(message(self.owner, "stop", f"after start={self.start!r}", self.stop, fix))
+
+
+def _number(duration: Duration) -> float:
+    return float(duration.removesuffix("ep") if isinstance(duration, str) else duration)

@@ -12,7 +12,9 @@ from lightning_tricks.functional.checks import (
     check_number,
     check_numbers,
     check_strength,
+    check_unit,
     message,
+    tuples,
 )
 from lightning_tricks.functional.color import (
     jitter,
@@ -25,6 +27,9 @@ from lightning_tricks.functional.color import (
 # Of the colours of ImageNet's pictures in [0, 1], as the ResNets of 2015 and after were trained with.
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+SMALLEST = torch.finfo(torch.float32).tiny
+"""What float32 holds in full precision: less may be 0 there."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class ColorJitter:
         of one channel have neither saturation nor hue.
     Raises:
         TypeError, ValueError: an argument out of range, images of another number of dimensions, or of neither 1 nor 3
-            channels where saturation or hue change.
+            channels where saturation or hue change; floats outside [0, 1], as normalised images are. The values are
+            looked at on a CPU only: on another device that would wait for it.
     References:
         Howard, "Some Improvements on Deep Convolutional Neural Network Based Image Classification", 2013,
         arXiv:1312.5402, section 2.
@@ -78,6 +84,7 @@ class ColorJitter:
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the transform; see the class."""
         check_images("ColorJitter", images)
+        check_unit("ColorJitter", images)
         reach = (self.brightness, self.contrast, self.saturation, self.hue)
         amounts, order = sample_jitter(len(images), *reach, generator)
         return jitter(images, amounts, order, inplace), labels
@@ -127,6 +134,7 @@ class PCALighting:
             raise TypeError(message("PCALighting", "eigenvectors", "three rows", self.eigenvectors, fix))
         for row in self.eigenvectors:
             check_numbers("PCALighting", "eigenvectors", row, 3, "three rows of three numbers", fix)
+        tuples(self, "eigenvalues", "eigenvectors")
 
     def __call__(
         self, images: Tensor, labels: Tensor | None, generator: Generator | None = None, inplace: bool = False
@@ -134,7 +142,9 @@ class PCALighting:
         """Apply the transform; see the class."""
         check_channels("PCALighting", images, 3)
         alphas = sample_lighting(len(images), self.std, generator)
-        values, vectors = torch.tensor(self.eigenvalues), torch.tensor(self.eigenvectors)
+        values, vectors = (
+            torch.tensor(value, device="cpu", dtype=torch.float32) for value in (self.eigenvalues, self.eigenvectors)
+        )
         return lighting(images, alphas, values, vectors, inplace), labels
 
     def scaled(self, strength: float) -> "PCALighting":
@@ -154,7 +164,7 @@ class Normalize:
 
     Args:
         mean: one number for each channel, in units of [0, 1] where the images are uint8.
-        std: one number above 0 for each channel, in the same units.
+        std: one number above 0 for each channel, in the same units; not so small that float32 has 0 for it.
     Returns:
         Called with (images (N, C, H, W), labels, generator, inplace): the images, and the labels as they came. uint8
         images are scaled to [0, 1] first and give float32, a new tensor.
@@ -179,16 +189,17 @@ class Normalize:
             "std",
             self.std,
             None,
-            "one number for each channel, above 0",
+            f"one number for each channel, above 0, and {SMALLEST:.2g} at least",
             fix,
-            lambda numbers: min(numbers) > 0,
+            lambda numbers: min(numbers) >= SMALLEST,
         )
         if len(self.mean) != len(self.std):
             raise ValueError(message("Normalize", "std", f"as many numbers as mean, {len(self.mean)}", self.std, fix))
+        tuples(self, "mean", "std")
 
     def __call__(
         self, images: Tensor, labels: Tensor | None, generator: Generator | None = None, inplace: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the transform; see the class."""
-        mean, std = (torch.tensor(value, dtype=torch.float64) for value in (self.mean, self.std))
+        mean, std = (torch.tensor(value, device="cpu", dtype=torch.float64) for value in (self.mean, self.std))
         return normalize(images, mean, std, inplace), labels

@@ -13,6 +13,7 @@ from lightning_tricks.functional.checks import (
     check_number,
     check_numbers,
     check_strength,
+    tuples,
 )
 from lightning_tricks.functional.erasing import cutout, erase, erase_with_noise, sample_centers, sample_erasing
 
@@ -108,10 +109,7 @@ class RandomErasing:
         owner = "RandomErasing"
         check_numbers(owner, "scale", self.scale, 2, areas, "Try (0.02, 0.33)", lambda x: 0 <= x[0] <= x[1] <= 1)
         check_numbers(owner, "ratio", self.ratio, 2, numbers, "Try (0.3, 3.3)", lambda x: 0 < x[0] <= x[1])
-        object.__setattr__(self, "scale", tuple(self.scale))  # a YAML file has lists
-        object.__setattr__(self, "ratio", tuple(self.ratio))
-        if isinstance(self.fill, (tuple, list)):
-            object.__setattr__(self, "fill", tuple(self.fill))
+        tuples(self, "scale", "ratio", "fill")
         if self.fill == "noise":
             return
         fix = "Give a number, one for each channel, or 'noise'"
@@ -126,7 +124,7 @@ class RandomErasing:
         count, _, height, width = images.shape
         boxes = sample_erasing(count, height, width, self.prob, self.scale, self.ratio, generator)
         if isinstance(self.fill, str):
-            seeds = torch.randint(2**63 - 1, (count,), generator=generator)
+            seeds = torch.randint(2**63 - 1, (count,), generator=generator, device="cpu")
             return erase_with_noise(images, boxes, seeds, inplace), labels
         return erase(images, boxes, self.fill, inplace), labels
 

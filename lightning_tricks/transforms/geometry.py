@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from torch import Generator, Tensor
 
-from lightning_tricks.functional.checks import check_images, check_number, check_numbers, message
+from lightning_tricks.functional.checks import check_images, check_number, check_numbers, message, tuples
 from lightning_tricks.functional.geometry import (
     Axis,
     Interpolation,
@@ -73,13 +73,15 @@ class RandomCrop:
         padding_mode: what is added: "constant" `fill`, "reflect" the image mirrored at its outermost pixels, "edge"
             these pixels repeated.
         fill: value of constant padding, in the images' own units (0 is black, or the mean of normalised ones).
-        label_fill: value of constant padding in masks; the default is what losses ignore.
+        label_fill: value of constant padding in masks; None is -100, which torch's losses ignore, in those of integers,
+            while those of floats must have it given.
     Returns:
         Called with (images (N, C, H, W), labels, generator, inplace): images (N, C, *size), always a new tensor, and
         labels of the same kind; masks (N, H, W) or (N, K, H, W) are cut as their images.
     Raises:
-        TypeError, ValueError: an argument out of range, images of another number of dimensions or smaller than a
-            window, or labels of three or more dimensions that are no masks.
+        TypeError, ValueError: an argument out of range, a fill of padding that is not constant, images of another
+            number of dimensions or smaller than a window, labels not one for each image, or of three or more dimensions
+            that are no masks, or floating masks without a `label_fill`.
     References:
         He et al., "Deep Residual Learning for Image Recognition", 2016, arXiv:1512.03385, section 4.2.
     Example:
@@ -92,15 +94,21 @@ class RandomCrop:
     padding: int | tuple[int, int] = 0
     padding_mode: PaddingMode = "constant"
     fill: float = 0.0
-    label_fill: float = -100
+    label_fill: float | None = None
 
     def __post_init__(self) -> None:
         _pair("RandomCrop", "size", self.size, 1, "Give the side of the windows")
         _pair("RandomCrop", "padding", self.padding, 0, "An eighth of the side is usual")
+        tuples(self, "size", "padding")
         modes = get_args(PaddingMode)
         _check_choice("RandomCrop", "padding_mode", self.padding_mode, modes, "Constant padding has the value `fill`")
         check_number("RandomCrop", "fill", self.fill, "finite", "0 is the mean of normalised images")
-        check_number("RandomCrop", "label_fill", self.label_fill, "finite", "Give the loss's ignore_index")
+        if self.label_fill is not None:
+            check_number("RandomCrop", "label_fill", self.label_fill, "finite", "Give the loss's ignore_index")
+        for name, value, usual in (("fill", self.fill, 0), ("label_fill", self.label_fill, None)):
+            if value != usual and not self._fills:
+                fix = "Nothing is filled without padding, or with another padding_mode"
+                raise ValueError(message("RandomCrop", name, f"{usual} unless padding is constant", value, fix))
 
     def __call__(
         self, images: Tensor, labels: Tensor | None, generator: Generator | None = None, inplace: bool = False
@@ -115,9 +123,12 @@ class RandomCrop:
         def cut(part: Tensor, fill: float) -> Tensor:
             return crop(part, corners, size, padding, self.padding_mode, fill)
 
-        outside = self.padding_mode == "constant" and padding != (0, 0)
-        moved = move_beside(labels, images, cut, self.label_fill if outside else 0, "RandomCrop")
+        moved = move_beside(labels, images, cut, self.label_fill if self._fills else 0, "RandomCrop")
         return cut(images, self.fill), moved
+
+    @property
+    def _fills(self) -> bool:
+        return self.padding_mode == "constant" and self.padding not in (0, (0, 0))
 
 
 @dataclass(frozen=True)
@@ -162,6 +173,7 @@ class RandomResizedCrop:
         check_numbers(owner, "scale", self.scale, 2, condition, fix, lambda pair: 0 < pair[0] <= pair[1] <= 1)
         condition, fix = "two numbers above 0, the smaller first", "(3 / 4, 4 / 3) is usual"
         check_numbers(owner, "ratio", self.ratio, 2, condition, fix, lambda pair: 0 < pair[0] <= pair[1])
+        tuples(self, "size", "scale", "ratio")
         ways = get_args(Interpolation)
         _check_choice(owner, "interpolation", self.interpolation, ways, "Masks take the nearest pixel anyway")
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 from torch import Generator, Tensor
 
-from lightning_tricks.functional.checks import check_flag, check_images, check_number, check_strength
+from lightning_tricks.functional.checks import check_flag, check_images, check_labels, check_number, check_strength
 from lightning_tricks.functional.mixing import cutmix, mixup, sample_cutmix, sample_mixup
 from lightning_tricks.labels import mix_labels, move_labels
-from lightning_tricks.transforms.masks import is_mask
+from lightning_tricks.transforms.masks import check_beside, is_mask
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Mixup:
         Called with (images (N, ...), labels, generator, inplace): mixed images, and MixedLabels of integer labels, a
         floating tensor of floating ones, None of None.
     Raises:
-        TypeError, ValueError: alpha is no number above 0, or per_sample no bool.
+        TypeError, ValueError: alpha is no number above 0, per_sample no bool, or labels not one for each image.
     References:
         Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018, arXiv:1710.09412, eq. 1.
         Deviates: a weight for each image (the authors' code draws one for the batch: `per_sample=False`); no image is
@@ -50,6 +50,7 @@ class Mixup:
         self, images: Tensor, labels: Tensor | None, generator: Generator | None = None, inplace: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the transform; see the class."""
+        check_labels("Mixup", labels, images)
         weight, permutation = sample_mixup(len(images), self.alpha, self.per_sample, generator)
         mixed = mixup(images, weight, permutation, inplace)
         return mixed, None if labels is None else mix_labels(labels, weight, permutation)
@@ -79,7 +80,8 @@ class CutMix:
         a floating tensor of floating ones, None of None. Masks (N, H, W) or (N, K, H, W) with the height and width of
         the images are pasted as these are.
     Raises:
-        TypeError, ValueError: alpha is no number above 0, per_sample no bool, or images not (N, C, H, W).
+        TypeError, ValueError: alpha is no number above 0, per_sample no bool, images not (N, C, H, W), labels not one
+            for each image, or labels of three or more dimensions that are no masks.
     References:
         Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features", 2019,
         arXiv:1905.04899, eq. 1 and 2.
@@ -104,6 +106,7 @@ class CutMix:
     ) -> tuple[Tensor, Tensor | None]:
         """Apply the transform; see the class."""
         check_images("CutMix", images)
+        check_beside("CutMix", labels, images)
         height, width = images.shape[-2:]
         boxes, weight, permutation = sample_cutmix(len(images), height, width, self.alpha, self.per_sample, generator)
         if is_mask(labels, images):

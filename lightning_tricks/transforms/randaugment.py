@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from lightning_tricks.functional.checks import check_count, check_images, check_number, check_strength, message
+from lightning_tricks.functional.checks import (
+    check_count,
+    check_images,
+    check_number,
+    check_strength,
+    check_unit,
+    message,
+)
 from lightning_tricks.functional.randaugment import (
     GEOMETRY,
     OPS,
@@ -31,15 +38,16 @@ class RandAugment:
         magnitude: bin of the magnitude, in [0, num_magnitude_bins - 1]; between two whole bins it is interpolated.
         num_magnitude_bins: bins from the smallest magnitude to the largest; at least 2.
         fill: value of what comes from outside an image, in the images' own units.
-        label_fill: value of what comes from outside a mask.
+        label_fill: value of what comes from outside a mask; None is -100, which torch's losses ignore, in masks of
+            integers, while those of floats must have it given.
         ops: names of the operations to draw from, None for all 14; a name given twice is drawn twice as often.
     Returns:
         Called with (images (N, C, H, W) uint8 or floats in [0, 1], labels, generator, inplace): images of the same
         dtype, and the labels as they came; masks move with their images in shears, translations and rotations.
     Raises:
         TypeError, ValueError: an argument out of range; images of another number of dimensions or of another dtype;
-            floats outside [0, 1], as normalised images are. The values are looked at on a CPU only: on another device
-            that would wait for it.
+            floats outside [0, 1], as normalised images are; floating masks without a `label_fill`. The values are
+            looked at on a CPU only: on another device that would wait for it.
     References:
         Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space", 2020,
         arXiv:1909.13719, section 3.
@@ -57,7 +65,7 @@ class RandAugment:
     magnitude: float = 9
     num_magnitude_bins: int = 31
     fill: float = 0
-    label_fill: float = -100
+    label_fill: float | None = None
     ops: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -75,7 +83,7 @@ class RandAugment:
         """Apply the transform; see the class."""
         _check_batch("RandAugment", images, self.fill)
         ops, signs = sample_randaugment(len(images), self.num_ops, len(_names(self)), generator)
-        bins = torch.full(ops.shape, float(self.magnitude))
+        bins = torch.full(ops.shape, float(self.magnitude), device="cpu", dtype=torch.float64)
         ranges = randaugment_ranges(*images.shape[-2:])
         return _augment("RandAugment", self, ranges, (ops, bins, signs), images, labels, inplace)
 
@@ -98,7 +106,8 @@ class TrivialAugment:
     Args:
         num_magnitude_bins: bins from the smallest magnitude to the largest; at least 2.
         fill: value of what comes from outside an image, in the images' own units.
-        label_fill: value of what comes from outside a mask.
+        label_fill: value of what comes from outside a mask; None is -100, which torch's losses ignore, in masks of
+            integers, while those of floats must have it given.
         ops: names of the operations to draw from, None for all 14; a name given twice is drawn twice as often.
     Returns:
         As RandAugment.
@@ -117,7 +126,7 @@ class TrivialAugment:
 
     num_magnitude_bins: int = 31
     fill: float = 0
-    label_fill: float = -100
+    label_fill: float | None = None
     ops: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
@@ -129,7 +138,7 @@ class TrivialAugment:
         """Apply the transform; see the class."""
         _check_batch("TrivialAugment", images, self.fill)
         ops, signs = sample_randaugment(len(images), 1, len(_names(self)), generator)
-        bins = torch.randint(self.num_magnitude_bins, ops.shape, generator=generator)
+        bins = torch.randint(self.num_magnitude_bins, ops.shape, generator=generator, device="cpu")
         return _augment("TrivialAugment", self, trivialaugment_ranges(), (ops, bins, signs), images, labels, inplace)
 
 
@@ -143,7 +152,7 @@ def _augment(
     inplace: bool,
 ) -> tuple[Tensor, Tensor | None]:
     choice, bins, signs = drawn
-    ops = torch.tensor([OPS.index(name) for name in _names(transform)])[choice]
+    ops = torch.tensor([OPS.index(name) for name in _names(transform)], device="cpu")[choice]
     magnitudes = op_magnitudes(ranges, ops, bins, signs, transform.num_magnitude_bins)
 
     def move(part: Tensor, fill: float) -> Tensor:
@@ -162,7 +171,8 @@ def _check_settings(owner: str, transform: RandAugment | TrivialAugment) -> None
     bins, names = transform.num_magnitude_bins, transform.ops
     check_count(owner, "num_magnitude_bins", bins, 2, "bins", "torchvision's default is 31")
     check_number(owner, "fill", transform.fill, "finite", "0 is black")
-    check_number(owner, "label_fill", transform.label_fill, "finite", "-100 is the ignore_index of torch's losses")
+    if transform.label_fill is not None:
+        check_number(owner, "label_fill", transform.label_fill, "finite", "-100 is the ignore_index of torch's losses")
     if names is None:
         return
     if isinstance(names, str) or not names or not set(names) <= set(OPS):
@@ -178,8 +188,4 @@ def _check_batch(owner: str, images: Tensor, fill: float) -> None:
     if not (0 <= fill <= 1 if floating else 0 <= fill <= 255 and float(fill).is_integer()):
         condition = "in [0, 1] for floats" if floating else "a whole number in [0, 255] for uint8"
         raise ValueError(message(owner, "fill", condition, fill, "Give it in the units of the images"))
-    if floating and images.device.type == "cpu" and images.numel():
-        low, high = (value.item() for value in torch.aminmax(images.detach()))
-        if not (low >= 0 and high <= 1):
-            fix = "Normalise after this transform, not before it"
-            raise ValueError(message(owner, "images", "in [0, 1]", f"{low:.3g} to {high:.3g}", fix))
+    check_unit(owner, images)

@@ -22,8 +22,8 @@ class LabelSmoothing:
 
     Args:
         smoothing: epsilon, in [0, 1].
-        prior: K probabilities, or K rows of K, which say with what each class is confused; None spreads evenly. With
-            rows and a smoothing of 1 the target is the label's row.
+        prior: K probabilities, or K rows of K, as a list, tensor or array, which say with what each class is confused;
+            None spreads evenly. With rows and a smoothing of 1 the target is the label's row.
     Returns:
         Called with (images, labels, generator, inplace): the images as they came, and MixedLabels.
     Raises:
@@ -43,10 +43,10 @@ class LabelSmoothing:
     def __post_init__(self) -> None:
         check_smoothing("LabelSmoothing", self.smoothing)
         if self.prior is not None:
-            object.__setattr__(self, "_prior", _probabilities(self.prior))
+            given = _numbers(self.prior)
+            object.__setattr__(self, "_prior", _probabilities(self.prior, given))
             # A value: what was given may change, and lists have no hash.
-            rows = (tuple(row) if isinstance(row, Sequence) else row for row in self.prior)
-            object.__setattr__(self, "prior", tuple(rows))
+            object.__setattr__(self, "prior", tuple(tuple(row) if given.dim() == 2 else row for row in given.tolist()))
 
     def __repr__(self) -> str:
         prior = "" if self.prior is None else f", prior={list(self.prior)}"
@@ -92,18 +92,24 @@ class LabelSmoothing:
         return replace(self, smoothing=self.smoothing * strength)
 
 
-def _probabilities(prior: Any) -> Tensor:
-    """The tensor of a prior; raise unless it is one."""
-    fix = "Give K of them, or K rows of K, as in [0.7, 0.2, 0.1]"
-    condition = "probabilities that add up to 1"
+_CONDITION = "probabilities that add up to 1"
+_FIX = "Give K of them, or K rows of K, as in [0.7, 0.2, 0.1]"
+
+
+def _numbers(prior: Any) -> Tensor:
+    """What was given as a prior, as a tensor; raise unless it is numbers."""
     try:
-        tensor = torch.tensor(prior, dtype=torch.float64)
+        return torch.as_tensor(prior, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError):
-        raise TypeError(message("LabelSmoothing", "prior", condition, prior, fix)) from None
+        raise TypeError(message("LabelSmoothing", "prior", _CONDITION, prior, _FIX)) from None
+
+
+def _probabilities(prior: Any, tensor: Tensor) -> Tensor:
+    """The tensor of a prior, each row with a sum of 1; raise unless it is one."""
     shape = tuple(tensor.shape)
     if not (len(shape) == 1 or (len(shape) == 2 and shape[0] == shape[1])) or 0 in shape:
-        raise ValueError(message("LabelSmoothing", "prior", "of shape (K,) or (K, K)", shape, fix))
+        raise ValueError(message("LabelSmoothing", "prior", "of shape (K,) or (K, K)", shape, _FIX))
     if bool((tensor < 0).any()) or not bool(((tensor.sum(-1) - 1).abs() < 1e-4).all()):
         got = prior if tensor.numel() <= 10 else f"sums of {tensor.sum(-1).tolist()[:10]}"
-        raise ValueError(message("LabelSmoothing", "prior", condition, got, fix))
+        raise ValueError(message("LabelSmoothing", "prior", _CONDITION, got, _FIX))
     return (tensor / tensor.sum(-1, keepdim=True)).float()

@@ -42,6 +42,7 @@ def batches(module):
 
 
 def test_unchanged_module_trains_on_mixed_images_and_their_loss():
+    """autogluon #1730: mixup needed a loss of its own."""
     module = Keep()
     fit([tricks()], module, max_epochs=1)
     plain = list(loader())
@@ -105,15 +106,14 @@ def test_resumed_run_goes_on_with_the_first_runs_seed(tmp_path, monkeypatch):
 
 
 def test_two_instances_draw_independently():
-    first, second = lt.BatchTransforms([lt.Mixup(0.5)], seed=1), lt.BatchTransforms([lt.Mixup(0.5)], seed=1)
-    module = Keep()
-    fit([first, second], module, max_epochs=1)
-    components = module.batches[0][1].components
-    assert len(components) == 4
-    shares = torch.stack([share for _, share in components])
-    torch.testing.assert_close(shares.sum(0), torch.ones(4))
-    second_weight = shares[0] + shares[1]
-    assert not torch.allclose(shares[0] / second_weight, second_weight)
+    draws = []
+
+    def draw(images, labels, generator=None, inplace=False):
+        draws.append(float(torch.rand(1, generator=generator)))
+        return images, labels
+
+    fit([lt.BatchTransforms([draw], seed=1), lt.BatchTransforms([draw], seed=1)], max_epochs=1)
+    assert len(set(draws)) == len(draws) > 2
 
 
 def test_accuracy_of_the_unchanged_module_sees_dominant_labels():
@@ -595,6 +595,15 @@ def test_smoothing_of_floating_targets_is_refused():
         ({"seed": "a"}, TypeError, "seed must be a whole number"),
         ({"targets": "hard"}, ValueError, "targets must be 'mixed' or 'soft', got 'hard'"),
         ({"targets": "soft"}, ValueError, "num_classes must be given with targets='soft', got None"),
+        ({"num_classes": 3}, ValueError, "num_classes must be None with targets='mixed', got 3"),
+        ({"targets": "soft", "num_classes": 3, "labels": None}, ValueError, "labels must be given with targets='soft'"),
+        ({"images": 0, "labels": 0}, ValueError, "labels must be places of their own, got 0"),
+        ({"images": [0, "0"]}, ValueError, "images must be places of their own, got '0'"),
+        ({"images": "a.0", "masks": ("a", 0)}, ValueError, r"masks must be places of their own, got \('a', 0\)"),
+        ({"masks": 1}, ValueError, "masks must be places of their own, got 1. Say where each is; labels=None where"),
+        ({"transforms": [torch.nn.Identity()]}, TypeError, "transforms must be callables of images and labels that"),
+        ({"transforms": [lambda images: images]}, TypeError, "transforms must be callables of images and labels that"),
+        ({"transforms": [lambda x, y: (x, y)]}, TypeError, "transforms must be callables .* got <function"),
         ({"num_classes": 0}, ValueError, r"num_classes must be a whole number of at least 1 \(classes\), got 0"),
     ],
 )

@@ -300,6 +300,8 @@ def test_strength_leaves_those_without_one_as_they_are():
         ({"stop": "3 epochs"}, ValueError, "stop must be epochs written as '3ep'"),
         ({"start": 0.5, "stop": 0.5}, ValueError, r"stop must be after start=0.5, got 0.5"),
         ({"stop": 0}, ValueError, "stop must be after start=0, got 0"),
+        ({"stop": "0ep"}, ValueError, "stop must be after start=0, got '0ep'"),
+        ({"start": "2ep", "stop": "2ep"}, ValueError, "stop must be after start='2ep', got '2ep'"),
         ({"total_steps": 100}, ValueError, "total_steps must be None where nothing depends on it, got 100"),
         ({"total_steps": 0, "stop": 3}, ValueError, "total_steps must be a whole number of at least 1"),
         ({"log_pictures": -1}, ValueError, "log_pictures must be a whole number of at least 0"),
@@ -324,7 +326,7 @@ def test_bad_arguments(arguments, error, text):
         ),
         ({"start": 13}, "BatchTransforms: start must be at most the run's 12 optimizer steps, got 13"),
         ({"start": "1ep", "stop": 3}, "BatchTransforms: stop must be after start=6, got 3"),
-        ({"stop": 0.5, "max_epochs": -1, "limit": True}, r"BatchTransforms\(prob\): total_steps must be known"),
+        ({"stop": 0.5, "max_epochs": -1, "limit": True}, r"BatchTransforms\(stop\): total_steps must be known"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*max_epochs.*")
@@ -335,6 +337,14 @@ def test_what_does_not_fit_the_run_is_refused_before_the_first_step(arguments, t
     with pytest.raises(ValueError, match=text):
         fit([lt.BatchTransforms([Add()], **arguments)], module, **options)
     assert module.seen == []
+
+
+def test_strength_that_is_negative_between_the_points_that_were_looked_at():
+    def dip(step, total_steps):
+        return -1.0 if step == 3 else 0.5
+
+    with pytest.raises(ValueError, match="BatchTransforms: strength must be finite and at least 0, got -1.0"):
+        fit([lt.BatchTransforms([Add()], strength=dip, total_steps=100_000)])
 
 
 def test_probability_that_leaves_its_range_between_the_points_that_were_looked_at():
@@ -494,6 +504,38 @@ def test_several_loaders_are_a_dict_of_batches():
     for batch, (images, _) in zip(module.batches, loader(), strict=True):
         assert torch.equal(batch["a"][0], images + 1)
         assert torch.equal(batch["b"][0], images)
+
+
+def test_loader_that_has_run_out_gives_nothing_to_transform():
+    combined = CombinedLoader({"a": loader(8), "b": loader()}, "max_size")
+    module = Steps(lambda batch: batch["b"])
+    transforms = [lt.BatchTransforms([Add()], "a.0", "a.1"), lt.BatchTransforms([Add(2.0)], "b.0", None)]
+    fit(transforms, module, train=combined, max_epochs=1, limit_val_batches=0)
+    assert [batch["a"] is None for batch in module.batches] == [False] * 2 + [True] * 4
+    for batch, (images, _) in zip(module.batches[:2], loader(8), strict=True):
+        assert torch.equal(batch["a"][0], images + 1)
+    for batch, (images, _) in zip(module.batches, loader(), strict=True):
+        assert torch.equal(batch["b"][0], images + 2)
+
+
+def test_loader_that_has_run_out_in_validation_gives_nothing_to_normalise():
+    class Validated(Steps):
+        def validation_step(self, batch, batch_idx):
+            self.batches.append(batch)
+
+    combined = CombinedLoader({"a": loader(8), "b": loader()}, "max_size")
+    module = Validated(None)
+    callback = lt.BatchTransforms([lt.Normalize((0.0,), (0.5,))], "a.0", None)
+    make_trainer([callback]).validate(module, combined, verbose=False)
+    assert [batch["a"] is None for batch in module.batches] == [False] * 2 + [True] * 4
+    for batch, (images, _) in zip(module.batches[:2], loader(8), strict=True):
+        assert torch.equal(batch["a"][0], images * 2)
+
+
+def test_place_that_is_mistyped_is_no_loader_that_has_run_out():
+    combined = CombinedLoader({"a": loader(8), "b": loader()}, "max_size")
+    with pytest.raises(TypeError, match="batch must be one with tensors at images='c.0' and labels='c.1'"):
+        fit([lt.BatchTransforms([Add()], "c.0", "c.1")], train=combined)
 
 
 def test_each_of_several_loaders_may_have_its_own_transforms():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kit import assert_same
 
-from lightning_tricks.callbacks.batches import check_place, describe, name_place, read_place, write_place
+from lightning_tricks.callbacks.batches import check_place, describe, is_none_at, name_place, read_place, write_place
 
 Pair = namedtuple("Pair", "image label")
 
@@ -232,3 +232,23 @@ def test_dataclass_is_not_made_anew():
     write_place(Checked(image()), "image", image(1.0))
     assert len(made) == 1
     assert dataclasses.is_dataclass(Checked)
+
+
+@pytest.mark.parametrize(
+    ("batch", "place", "expected"),
+    [
+        ({"a": None}, "a", True),
+        ({"a": None}, "a.0", True),
+        ({"a": None}, ("a", 0, "image"), True),
+        ({"a": [None, 1]}, "a.0", True),
+        ({"a": [None, 1]}, "a.1", False),
+        ({"a": None}, "b.0", False),
+        ([None, 1], 0, True),
+        ([None, 1], 2, False),
+        (Sample(None), "image", True),
+        (Sample(None), "picture", False),
+        ({"a": None}, (lambda batch: None, lambda batch, value: batch), False),
+    ],
+)
+def test_none_is_told_from_nothing(batch, place, expected):
+    assert is_none_at(batch, place) is expected

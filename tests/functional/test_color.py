@@ -289,3 +289,11 @@ def test_amounts_come_from_the_generator_alone(sample):
     third = sample(None)
     torch.manual_seed(3)
     assert torch.equal(third, sample(None))
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_gradients_go_through_each_change(kind):
+    images = pictures((2, 3, 2, 3), torch.float64).requires_grad_()
+    amounts, order = NEUTRAL.repeat(2, 1), torch.arange(4).repeat(2, 1)
+    amounts[:, kind] = 0.2
+    assert torch.autograd.gradcheck(lambda x: jitter(x, amounts, order), images)

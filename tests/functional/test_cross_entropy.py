@@ -138,10 +138,24 @@ def test_the_same_graph_gives_its_gradient_again(chunk):
     close(logits.grad, 2 * first, 1e-12)
 
 
-def test_logits_that_were_changed_after_the_loss_are_noticed():
-    logits = logits_of() * 1
-    loss = mixed_cross_entropy(logits, mix())
+def test_logits_may_be_changed_after_the_loss_as_after_torchs(chunk):
+    leaf, components = logits_of(), mix()
+    (expected,) = torch.autograd.grad(mixed_cross_entropy(leaf, components), leaf)
+    logits = leaf * 1
+    loss = mixed_cross_entropy(logits, components)
     logits.mul_(2)
+    (actual,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("case", ["coarse", "second gradient", "dense", "dense targets"])
+def test_changes_after_the_loss_that_would_matter_are_noticed(case):
+    leaf = logits_of(dtype=torch.bfloat16 if case == "coarse" else torch.float64)
+    logits, targets = leaf * 1, torch.rand(5, K, dtype=torch.float64).softmax(1)
+    loss = soft_cross_entropy(logits, targets) if case[:5] == "dense" else mixed_cross_entropy(logits, mix())
+    if case == "second gradient":
+        torch.autograd.grad(loss, leaf, retain_graph=True)
+    (targets if case == "dense targets" else logits).mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -282,6 +296,19 @@ def test_a_prior_of_other_classes_is_refused():
     text = "F.cross_entropy: prior must be of 4 classes, got 3. Give LabelSmoothing a prior with one number for each"
     with pytest.raises(ValueError, match=re.escape(text)):
         mixed_cross_entropy(logits_of(), mix(), prior=torch.tensor([0.5, 0.3, 0.2]))
+
+
+@pytest.mark.parametrize("shape", [(K + 1,), (3, 2), (1,), ()], ids=str)
+def test_class_weights_of_other_classes_are_refused(shape):
+    got = f"F.cross_entropy: weight must be of shape (4,), a number for each class that the logits have, got {shape}."
+    weight, logits = torch.ones(shape), logits_of()
+    for loss, target in (
+        (mixed_cross_entropy, mix()),
+        (mixed_nll, mix()),
+        (soft_cross_entropy, torch.rand_like(logits)),
+    ):
+        with pytest.raises(ValueError, match=re.escape(got)):
+            loss(logits, target, weight=weight)
 
 
 # ------------------------------------------------------------------ dense targets

@@ -319,6 +319,70 @@ def test_transform_that_loses_the_labels_of_some_images_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("result", "got"),
+    [
+        (lambda x, y: x, r"Tensor|\(2, 3, 4, 4\)"),
+        (lambda x, y: (x,), r"\(2, 3, 4, 4\)"),
+        (lambda x, y: (x, y, y), r"\(2, 3, 4, 4\), \(2,\), \(2,\)"),
+        (lambda x, y: (x[:1], y), r"\(1, 3, 4, 4\), \(2,\)"),
+        (lambda x, y: (None, y), r"NoneType, \(2,\)"),
+        (lambda x, y: (x, [0, 1]), r"\(2, 3, 4, 4\), list"),
+        (lambda x, y: None, "NoneType"),
+    ],
+)
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_what_returns_no_batch_is_refused_whatever_its_size(result, got, per_sample):
+    def transform(images, labels, generator=None, inplace=False):
+        return result(images, labels)
+
+    with pytest.raises(TypeError, match=rf"RandomApply: transforms must be such as return a batch, got '({got}) from"):
+        RandomApply(transform, 1.0, per_sample)(*batch(2))
+
+
+@pytest.mark.parametrize("choice", [RandomApply(lt.Mixup(1.0), 1.0), OneOf([lt.Mixup(1.0)])], ids=repr)
+@pytest.mark.parametrize("count", [6, 8])
+def test_labels_of_another_number_are_refused(choice, count):
+    with pytest.raises(ValueError, match=rf"labels must be one for each image, got '\({count},\) for images \(7, 3, 4"):
+        choice(batch()[0], torch.arange(count))
+
+
+class Module(torch.nn.Module):
+    """As torchvision's: it takes images alone."""
+
+    def forward(self, images):
+        return images
+
+
+class Good(torch.nn.Module):
+    def forward(self, images, labels, generator=None, inplace=False):
+        return images + 1, labels
+
+
+@pytest.mark.parametrize("transform", [Module(), lambda images: images, lambda x, y: (x, y), print], ids=repr)
+def test_what_takes_no_batch_is_refused_at_once(transform):
+    text = "RandomApply: transforms must be callables of images and labels that know generator= and inplace="
+    with pytest.raises(TypeError, match=text):
+        RandomApply(transform)
+
+
+def test_modules_and_functions_of_keywords_are_transforms_too():
+    images, labels = batch()
+    functions = [Good(), lambda x, y, **options: (x + 1, y)]
+    assert torch.equal(RandomApply(functions, 1.0)(images, labels)[0], images + 1 + 1)
+
+
+@pytest.mark.parametrize("choice", [RandomApply(lt.Mixup(1.0), 0.7), OneOf([lt.Mixup(1.0), lt.CutMix()])], ids=repr)
+def test_mix_is_kept_without_gradients(choice):
+    """Under no_grad torch hands plain tensors to functions of labels: those of some images lost their mix."""
+    images, labels = lt.Mixup(1.0)(*batch(), generator())
+    _, expected = choice(images, labels, generator(3))
+    with torch.no_grad():
+        _, mixed = choice(images, labels, generator(3))
+    assert isinstance(mixed, MixedLabels)
+    assert torch.equal(lt.soft_targets(mixed, 3), lt.soft_targets(expected, 3))
+
+
+@pytest.mark.parametrize(
     ("make", "error", "text"),
     [
         (lambda: OneOf([]), TypeError, r"OneOf: transforms must be a list of transforms, got \[\]"),

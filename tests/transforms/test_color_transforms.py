@@ -200,3 +200,24 @@ def test_other_numbers_of_channels_are_refused(transform):
     text = f"{type(transform).__name__}: images must be of 3 channels (N, C, H, W), got (6, 1, 8, 7)."
     with pytest.raises(ValueError, match=re.escape(text)):
         transform(pictures(channels=1), None)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.2, math.nan])
+def test_normalised_images_are_not_jittered(value):
+    images = torch.rand(2, 3, 4, 4)
+    images[1, 2, 3, 1] = value
+    with pytest.raises(ValueError, match=re.escape("ColorJitter: images must be in [0, 1], got")):
+        ColorJitter(0.4)(images, None)
+
+
+def test_lists_as_a_yaml_file_gives_them_become_tuples():
+    assert Normalize([0.5], [0.25]) == Normalize((0.5,), (0.25,))
+    lighting = PCALighting(0.1, list(EIGENVALUES), [list(row) for row in EIGENVECTORS])
+    assert lighting == PCALighting()
+    assert hash(lighting) == hash(PCALighting())
+    assert hash(Normalize([0.5], [0.25])) == hash(Normalize((0.5,), (0.25,)))
+
+
+def test_a_deviation_that_float32_has_as_0_is_refused():
+    with pytest.raises(ValueError, match="Normalize: std must be one number for each channel, above 0, and 1.2e-38 at"):
+        Normalize((0.5,), (1e-60,))

@@ -172,7 +172,8 @@ def test_the_share_of_the_original_follows_the_beta_distribution(alpha):
 
 
 def test_images_and_labels_of_another_number_are_refused():
-    with pytest.raises(ValueError, match=re.escape("MixedLabels: weight must be of shape (5,), got (4,)")):
+    text = "Mixup: labels must be one for each image, got '(5,) for images (4, 3)'."
+    with pytest.raises(ValueError, match=re.escape(text)):
         Mixup()(torch.rand(4, 3), torch.zeros(5, dtype=torch.int64))
 
 

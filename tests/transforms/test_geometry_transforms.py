@@ -30,6 +30,12 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def filling(transform):
+    """The same with masks filled as images are, where anything is."""
+    fills = isinstance(transform, RandomCrop) and transform.padding and transform.padding_mode == "constant"
+    return dataclasses.replace(transform, fill=0, label_fill=0) if fills else transform
+
+
 def pictures(count=6, channels=3, dtype=torch.float32):
     return torch.randint(1, 200, (count, channels, 8, 7), generator=generator()).to(dtype)
 
@@ -75,7 +81,7 @@ def test_draws_come_from_the_generator_and_are_each_images_own(transform):
 
 @every_transform
 def test_the_draws_are_the_same_whatever_the_pixels_and_labels_are(transform):
-    states = []
+    transform, states = filling(transform), []
     for images, labels in (
         (pictures(), None),
         (pictures(channels=1, dtype=torch.uint8), torch.arange(6)),
@@ -112,8 +118,7 @@ def test_a_transform_is_a_value(transform):
 @pytest.mark.parametrize("transform", NEAREST, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32], ids=str)
 def test_a_mask_goes_where_its_image_goes(transform, dtype):
-    if isinstance(transform, RandomCrop):
-        transform = dataclasses.replace(transform, fill=0, label_fill=0)
+    transform = filling(transform)
     masks = pictures(channels=1, dtype=dtype)
     images = masks.float()
     moved, moved_masks = transform(images, masks[:, 0], generator())
@@ -155,8 +160,7 @@ def test_pixels_from_outside_are_ignored_by_the_loss():
 @every_transform
 def test_mixed_masks_keep_their_mix(transform):
     images, masks = pictures(channels=1), torch.randint(0, 3, (6, 8, 7))
-    if isinstance(transform, RandomCrop):
-        transform = dataclasses.replace(transform, label_fill=0)
+    transform = filling(transform)
     images, mixed = Mixup(1.0)(images, masks, generator())
     _, moved = transform(images, mixed, generator())
     dense = soft_targets(mixed, 3)
@@ -294,3 +298,25 @@ def test_images_of_another_number_of_dimensions_are_refused(transform, shape):
 def test_arguments_out_of_range_are_refused(build, error, text):
     with pytest.raises(error, match=re.escape(text)):
         build()
+
+
+@pytest.mark.parametrize("padding", [{}, {"padding": (0, 0)}, {"padding": 2, "padding_mode": "edge"}], ids=str)
+@pytest.mark.parametrize(("fill", "usual"), [({"fill": 3.0}, 0), ({"label_fill": -100}, None)], ids=str)
+def test_a_fill_of_nothing_is_refused(padding, fill, usual):
+    with pytest.raises(ValueError, match=f"fill must be {usual} unless padding is constant, got"):
+        RandomCrop(4, **padding, **fill)
+
+
+def test_floating_masks_must_have_a_fill():
+    images, masks = pictures(), torch.rand(6, 8, 7)
+    with pytest.raises(ValueError, match="RandomCrop: label_fill must be given for floating masks, got None"):
+        RandomCrop(8, padding=2)(images, masks)
+    assert RandomCrop(8, padding=2, label_fill=-1)(images, masks)[1].min() == -1
+    for unfilled in (RandomCrop(4), RandomFlip(), RandomResizedCrop(4)):
+        assert unfilled(images, masks)[1].min() >= 0
+
+
+def test_lists_as_a_yaml_file_gives_them_become_tuples():
+    assert RandomCrop([8, 8], padding=[1, 2]) == RandomCrop((8, 8), padding=(1, 2))
+    assert RandomResizedCrop([8, 8], [0.5, 1.0], [1.0, 2.0]) == RandomResizedCrop((8, 8), (0.5, 1.0), (1.0, 2.0))
+    assert len({RandomCrop([8, 8]), RandomResizedCrop([8, 8], [0.5, 1.0])}) == 2

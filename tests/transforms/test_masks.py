@@ -138,3 +138,21 @@ def test_labels_that_cannot_move_are_refused(shape):
     text = f"RandomFlip: labels must be of whole images, (N,) or (N, K), or masks of 5 x 6 pixels, got {shape}. {fix}."
     with pytest.raises(ValueError, match=re.escape(text)):
         move_beside(torch.zeros(shape), IMAGES, roll, 0, "RandomFlip")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_integers_are_filled_with_what_losses_ignore(dtype):
+    assert (move_mask(torch.ones(4, 5, 6, dtype=dtype), roll, None, "Test")[:, 0] == -100).all()
+
+
+def test_floating_masks_have_no_fill_that_goes_without_saying():
+    text = "RandomCrop: label_fill must be given for floating masks, got None. Give what the loss shall see"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        move_mask(torch.ones(4, 5, 6), roll, None, "RandomCrop")
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_labels_of_another_number_are_refused(count):
+    for labels in (torch.zeros(count), torch.zeros(count, 5, 6)):
+        with pytest.raises(ValueError, match="RandomFlip: labels must be one for each image, got"):
+            move_beside(labels, IMAGES, roll, 0, "RandomFlip")

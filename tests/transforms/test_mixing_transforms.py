@@ -30,6 +30,7 @@ def colours(labels, size=(9, 11)):
 @both
 @pytest.mark.parametrize("count", [1, 3, 7])
 def test_an_odd_batch_is_mixed_where_timm_refuses_it(transform, count):
+    """timm #1304: Mixup asserts that the number of images is even."""
     labels = torch.arange(count) % K
     images, mixed = transform(colours(labels), labels, generator())
     torch.testing.assert_close(images.mean((2, 3)), soft_targets(mixed, K))
@@ -57,12 +58,14 @@ def test_floating_targets_of_8_by_5_stay_8_by_5_where_timm_makes_40_rows_of_them
 
 
 def test_each_image_has_a_cut_of_its_own_where_kornia_cut_all_at_one_place():
+    """kornia #4712: one position for the whole batch."""
     images = torch.arange(16.0).view(16, 1, 1, 1).expand(16, 1, 32, 32).contiguous()
     pasted = CutMix()(images, None, generator())[0] != images
     assert len({tuple(mask.flatten().tolist()) for mask in pasted}) >= 12
 
 
 def test_the_weight_is_that_of_the_pixels_pasted_where_others_forget_the_border():
+    """timm #8: the weight must be corrected where the box is clipped."""
     labels = torch.arange(12) % K
     _, mixed = CutMix()(colours(labels), labels, generator())
     _, uncorrected = Mixup(1.0)(colours(labels), labels, generator())  # the same draws of Beta
@@ -219,3 +222,24 @@ def test_per_sample_must_be_true_or_false(kind):
 def test_cutmix_is_for_images(shape):
     with pytest.raises(ValueError, match=re.escape(f"CutMix: images must be of shape (N, C, H, W), got {shape}.")):
         CutMix()(torch.ones(shape), None)
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(4, 8, 8).long(), torch.zeros(4, 7, 4), torch.zeros(4, 1, 2, 9, 9)])
+def test_boxes_and_masks_of_another_size_are_not_mixed_by_the_area(labels):
+    text = "CutMix: labels must be of whole images, (N,) or (N, K), or masks of 32 x 32 pixels, got"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        CutMix()(torch.rand(4, 3, 32, 32), labels)
+
+
+@both
+@pytest.mark.parametrize("count", [3, 5])
+def test_labels_of_another_number_are_refused(transform, count):
+    with pytest.raises(ValueError, match="labels must be one for each image, got"):
+        transform(torch.rand(4, 3, 8, 8), torch.zeros(count, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("alpha", [5e-324, 1e-310, 1e-200])
+def test_the_tiniest_alpha_mixes_nothing(alpha):
+    images = torch.rand(64, 1, 4, 4)
+    mixed, _ = Mixup(alpha)(images, None, generator())
+    assert all(any(torch.equal(image, other) for other in images) for image in mixed)

@@ -16,6 +16,7 @@ from lightning_tricks.functional.randaugment import (
     sample_randaugment,
     trivialaugment_ranges,
 )
+from lightning_tricks.transforms.geometry import RandomResizedCrop
 from lightning_tricks.transforms.randaugment import RandAugment, TrivialAugment
 
 TRANSFORMS = [RandAugment(), RandAugment(3, 22.5, ops=["Rotate", "Color"]), TrivialAugment(), TrivialAugment(5)]
@@ -250,3 +251,22 @@ def test_a_fill_that_images_cannot_hold_is_refused(kind, fill, images, text):
 def test_images_of_another_number_of_dimensions_are_refused(kind, shape):
     with pytest.raises(ValueError, match=f"{kind.__name__}: images must be of shape"):
         kind()(torch.zeros(shape), None)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_what_a_resize_rounds_past_1_is_in_range(kind, dtype):
+    images, _ = RandomResizedCrop(24)(torch.ones(32, 3, 100, 120, dtype=dtype), None, generator())
+    assert dtype != torch.float32 or images.max() > 1
+    result, _ = kind()(images, None, generator())
+    assert result.isfinite().all()
+    assert result.min() >= 0
+    assert float(result.max()) < 1 + 1e-6
+
+
+@both
+def test_floating_masks_must_have_a_fill(kind):
+    images, masks = torch.rand(8, 3, 9, 9), torch.rand(8, 9, 9)
+    with pytest.raises(ValueError, match=f"{kind.__name__}: label_fill must be given for floating masks, got None"):
+        kind(ops=GEOMETRY)(images, masks)
+    assert kind(ops=["Color"])(images, masks)[1] is masks

@@ -4,6 +4,7 @@ import math
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,18 @@ def test_it_can_be_built_from_a_file(prior):
     parser.add_class_arguments(LabelSmoothing, "smooth")
     config = parser.parse_object({"smooth": {"smoothing": 0.2, "prior": prior}})
     assert parser.instantiate_classes(config).smooth == LabelSmoothing(0.2, prior)
+
+
+@pytest.mark.parametrize("prior", [PRIOR, ROWS], ids=["prior", "rows"])
+@pytest.mark.parametrize("given", [torch.tensor, np.array, tuple, lambda p: torch.tensor(p).requires_grad_()])
+def test_a_prior_may_be_a_tensor_or_an_array(prior, given):
+    smoothing = LabelSmoothing(0.2, given(prior))
+    images, labels = batch()
+    expected = soft_targets(LabelSmoothing(0.2, prior)(images, labels)[1], K)
+    torch.testing.assert_close(soft_targets(smoothing(images, labels)[1], K), expected)
+    assert pickle.loads(pickle.dumps(smoothing)) == smoothing
+    assert hash(smoothing) == hash(LabelSmoothing(0.2, smoothing.prior))
+    assert isinstance(smoothing.prior, tuple)
 
 
 @pytest.mark.parametrize(
