@@ -87,3 +87,20 @@ def test_tensorboard_gets_no_metric_of_its_own(tmp_path):
     fit([lt.EMA(0.5)], logger=logger, max_epochs=1)
     assert "hp_metric" not in written
     assert logger.hparams["tricks"] == {"EMA": {"decay": 0.5, "start": 0, "every_n_steps": 1}}
+
+
+def test_a_run_that_was_used_before_fit_has_all_rows_and_settings(logger, tmp_path):
+    """wandb #5263: asking for the run, or logging to it, before `fit` must lose nothing of what the callbacks give."""
+    logger.experiment.config["chosen"] = "before"
+    logger.log_metrics({"before": 1.0}, step=0)
+    memory = MemoryLogger()
+    fit([lt.LRSchedule(lt.Cosine()), lt.UpdateMonitor(every_n_steps=2)], logger=[logger, memory], max_epochs=1)
+    logger.experiment.finish()
+    (run,) = runs(tmp_path)
+    rows, config = read_run(run)
+    assert [row["before"] for row in rows if "before" in row] == [1.0]
+    expected = [values["update_ratio/total"] for _, values in memory.rows if "update_ratio/total" in values]
+    assert [row["update_ratio/total"] for row in rows if "update_ratio/total" in row] == expected
+    assert len(expected) == 3
+    assert config["chosen"] == "before"
+    assert set(config["tricks"]) == {"LRSchedule", "UpdateMonitor"}
