@@ -32,7 +32,7 @@ class InitializedLayer(NamedTuple):
     """A row of the table that `lsuv_init` returns.
 
     Args:
-        layer: its name.
+        layer: its name; "model" where it is the whole model.
         mean_before, std_before: of what the layer put out on the batch before.
         mean_after, std_after: the same afterwards.
         iterations: how often its weights were scaled.
@@ -98,8 +98,8 @@ def lsuv_init(
     Returns:
         A table of means and standard deviations before and after, and what was left out; print it.
     Raises:
-        TypeError, ValueError: an argument out of range, a lazy layer that has no weights yet, no layer to scale, or one
-            whose outputs do not vary, are not finite, or do not come within tol.
+        TypeError, ValueError: an argument out of range, a batch that forward does not take, a lazy layer that has no
+            weights yet, no layer to scale, or one whose outputs do not vary, are not finite, or do not come within tol.
     References:
         Mishkin and Matas, "All you need is a good init", ICLR 2016, arXiv:1511.06422, algorithm 1; orthogonal matrices:
         Saxe et al., 2013, arXiv:1312.6120.
@@ -152,7 +152,7 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     for full, child in model.named_modules():
         if not isinstance(child, LAYERS):
             continue
-        name = ".".join(part for part in full.split(".") if part != "_orig_mod")
+        name = ".".join(part for part in full.split(".") if part != "_orig_mod") or "model"
         weight: Any = child._parameters.get("weight")
         if isinstance(weight, nn.UninitializedParameter):
             fix = "Call the model on the batch once, so that it takes its shape"
@@ -185,12 +185,17 @@ def _at_first_calls(
     with ExitStack() as undo:
         for name, layer in layers.items():
             undo.callback(layer.register_forward_pre_hook(partial(hook, name), with_kwargs=True).remove)
-        if isinstance(batch, Mapping):
-            model(**batch)
-        elif isinstance(batch, (tuple, list)):
-            model(*batch)
-        else:
-            model(batch)
+        try:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, (tuple, list)):
+                model(*batch)
+            else:
+                model(batch)
+        except TypeError as error:
+            got = f"{type(batch).__name__} ({error})"
+            fix = "Of a batch of inputs and labels give batch[0]"
+            raise TypeError(message("lsuv_init", "batch", "what the model's forward takes", got, fix)) from error
     return found
 
 

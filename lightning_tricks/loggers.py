@@ -26,9 +26,9 @@ def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
 
     Args:
         trainer: a trainer in training.
-        scalars: names and plain numbers; a name that is there already has the new number.
+        scalars: names and plain numbers; a name that is there already has the new number. None make no row.
     """
-    if not trainer.loggers:
+    if not trainer.loggers or not scalars:
         return
     waiting = next((other for other in trainer.callbacks if isinstance(other, _Rows)), None)
     if waiting is None:
@@ -66,15 +66,20 @@ class _Rows(pl.Callback):
         self._write(trainer, ended=True)
 
     def _write(self, trainer: pl.Trainer, ended: bool = False) -> None:
-        loop = trainer.fit_loop
+        loop, errors = trainer.fit_loop, []
         accumulates = not ended and trainer.lightning_module.automatic_optimization and loop._should_accumulate()
         for step in list(self.scalars):
             if not (accumulates and step == loop.epoch_loop._batches_that_stepped):
                 row = self.scalars.pop(step)
                 for logger in trainer.loggers:
-                    logger.log_metrics(dict(row), step=step)
+                    try:
+                        logger.log_metrics(dict(row), step=step)
+                    except Exception as error:  # the row of the others is not lost with that of one
+                        errors.append(error)
         if not self.scalars:  # another list, since Lightning is running through this one
             trainer.callbacks = [other for other in trainer.callbacks if other is not self]
+        if errors:
+            raise errors[0]
 
 
 def alert(trainer: pl.Trainer, title: str, text: str) -> None:

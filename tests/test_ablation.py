@@ -1,5 +1,6 @@
 """An ablation finds what was planted, goes on after a kill, and refuses what would make its table wrong."""
 
+import copy
 import csv
 import gc
 import importlib
@@ -9,23 +10,29 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningDataModule
+from lightning.pytorch.callbacks import Callback
 from matplotlib.image import imread
 from offline_wandb import _finished, read_run, runs
 
 import lightning_tricks as lt
 from lightning_tricks.__main__ import main
-from lightning_tricks.ablations import Effect, ablate
+from lightning_tricks.ablations import Ablation, Effect, ablate
 from lightning_tricks.ablations.designs import make_design
 from lightning_tricks.ablations.effects import find_effects
-from lightning_tricks.ablations.trials import Result
+from lightning_tricks.ablations.fingerprints import fingerprint
+from lightning_tricks.ablations.pictures import forest
+from lightning_tricks.ablations.trials import Result, describe_trick
 from lightning_tricks.reports import report
 
 TESTS = Path(__file__).parent
@@ -227,6 +234,135 @@ def test_seeds_without_their_pair_do_not_count():
     assert effect.differences == (1.0, 0.5, 0.25)
 
 
+# ---------------------------------------------------------------------- what must be as it was
+
+
+def closure(held):
+    return lambda seed, callbacks, logger: held
+
+
+def default(held):
+    return lambda seed, callbacks, logger, held=held: held
+
+
+def keyword(held):
+    return lambda seed, callbacks, logger, *, held=held: held
+
+
+def typed(held):
+    names = {}
+    exec(f"def build(seed, callbacks, logger):\n    return {held!r}", names)
+    return names["build"]
+
+
+class Holds(Callback):
+    def __init__(self, held):
+        self.held = held
+
+    def __call__(self, seed, callbacks, logger):
+        return self.held
+
+
+class Slots:
+    __slots__ = ("held",)
+
+    def __init__(self, held):
+        self.held = held
+
+
+class Ring:
+    def __init__(self, held):
+        self.held, self.ring = held, [self]
+
+
+HOLDERS = {
+    "closure": closure,
+    "default": default,
+    "keyword": keyword,
+    "typed": typed,
+    "object": Holds,
+    "slots": Slots,
+    "ring": Ring,
+    "method": lambda held: Holds(held).__call__,
+    "partial": lambda held: partial(study_of, held=held),
+    "partial argument": lambda held: partial(study_of, held),
+    "partial function": lambda held: partial(closure(held)),
+    "tuple": lambda held: ({"a": [held]},),
+}
+
+
+def study_of(held, *given):
+    return held
+
+
+VALUES = {
+    "number": (1e-3, 1e-6),
+    "integer and float": (1, 1.0),
+    "none": (None, False),
+    "dict": ({"a": 1}, {"a": 2}),
+    "set": ({"a", "b"}, {"a", "c"}),
+    "tensor": (torch.zeros(9999), torch.zeros(9999).index_fill(0, torch.tensor([5000]), 1)),
+    "dtype": (torch.float32, torch.float16),
+    "array": (np.zeros(9999), np.eye(1, 9999, 5000)[0]),
+    "function": (torch.relu, torch.tanh),
+    "lambdas of a line": (lambda x: x + 1, lambda x: x - 1),
+    "path": (Path("a"), Path("b")),
+    "dataclass": (Result(0.0, 1, 1.0, None), Result(0.0, 2, 1.0, None)),
+    "module": (torch.nn.Dropout(0.1), torch.nn.Dropout(0.2)),
+    "class": (Slots, Ring),
+}
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_fingerprints_tell_apart_what_is_held_and_are_the_same_for_the_same(holder, values):
+    make, (one, other) = HOLDERS[holder], VALUES[values]
+    if holder == "typed":
+        one, other = f"{one} a {values}", f"{other} b {values}"
+    assert fingerprint(make(one)) == fingerprint(make(copy.deepcopy(one)))
+    assert fingerprint(make(one)) != fingerprint(make(other))
+
+
+def test_fingerprints_tell_the_source_of_classes_apart(study):
+    def made(number, base):
+        names = {"Callback": base}
+        exec(f"class Trick(Callback):\n    def on_fit_start(self, *given):\n        return {number}", names)
+        return names["Trick"]()
+
+    for base in (study.Callback, lt.EMA):
+        assert describe_trick(made(1, base)) == describe_trick(made(1, base))
+        assert describe_trick(made(1, base)) != describe_trick(made(2, base))
+    assert describe_trick(Holds({"f": 1})) != describe_trick(Holds({"f": 2}))
+
+
+def test_functions_among_the_settings_are_told_apart():
+    def made(factor):
+        return lt.ParamSchedule("weight_decay", lambda step, total: factor)
+
+    assert describe_trick(made(1.0)) == describe_trick(made(1.0))
+    assert describe_trick(made(1.0)) != describe_trick(made(2.0))
+
+
+def test_fingerprints_are_the_same_in_another_process(study):
+    program = (
+        "import study\nfrom functools import partial\nfrom lightning_tricks.ablations.fingerprints import fingerprint\n"
+        "held = {'a', 'b', 'c', study.Help, 1.5}\n"
+        "print(fingerprint([study.build, partial(study.build, held), study.Help(held), study.torch.zeros(3)]))"
+    )
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, check=True, env=environment(), capture_output=True, text=True).stdout
+    held = {"a", "b", "c", study.Help, 1.5}
+    here = [study.build, partial(study.build, held), study.Help(held), torch.zeros(3)]
+    assert found.strip() == fingerprint(here)
+
+
+@pytest.mark.parametrize("arguments", [{"tricks": {"a": lambda: Holds(Lock())}}, {"build": closure(Lock())}])
+def test_what_cannot_be_described_is_refused_at_once(arguments):
+    given = {"build": closure(1), "tricks": {"EMA": lt.EMA()}, **SCORE, **arguments}
+    with pytest.raises(TypeError, match=f"^ablate: {next(iter(arguments))} must be made of what a later call can"):
+        ablate(**given)
+
+
 # ---------------------------------------------------------------------- trainings
 
 
@@ -253,10 +389,10 @@ def test_a_planted_trick_is_found_and_one_that_changes_only_the_draws_is_not(stu
 
 
 def test_a_second_call_trains_nothing_and_more_seeds_train_only_theirs(study):
-    seen = []
+    seen = study.seen = []  # of the module: what a closure holds must stay as it was
 
     def build(seed, callbacks, logger):
-        seen.append(seed)
+        study.seen.append(seed)
         return study.build(seed, callbacks, logger)
 
     first = ablate(build, study.tricks, **ONE, seeds=2)
@@ -415,9 +551,9 @@ ablate(build, {{"EMA": lt.EMA(0.5)}}, **{WEIGHT!r}, seeds=2, folder="two")
     (tmp_path / "main.py").write_text(text)
     done = subprocess.run([sys.executable, "main.py"], env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    stored = {path.parent.name: json.loads(path.read_text())["result"] for path in Path("two").rglob("result.json")}
+    stored = {path.parent.name: json.loads(path.read_text()) for path in Path("two").rglob("result.json")}
     weights = {"baseline": -0.2, "EMA": -0.15}
-    assert {name: (result["score"], result["steps"]) for name, result in stored.items()} == {
+    assert {name: (result["metrics"]["test/weight"], result["costs"]["steps"]) for name, result in stored.items()} == {
         f"{name}-seed{seed}": (pytest.approx(weight), 2) for name, weight in weights.items() for seed in (0, 1)
     }
     assert Path("two/table.md").is_file()
@@ -434,7 +570,7 @@ def test_every_trial_is_a_run_of_the_group_in_wandb(study, tmp_path):
         assert (config["seed"], "tricks" in config) == (0, config["variant"] == "all")
         found[run.display_name] = [row["val/score"] for row in rows if "val/score" in row][-1]
     assert found == {
-        f"{name}-seed0": pytest.approx(json.loads(path.read_text())["result"]["score"])
+        f"{name}-seed0": pytest.approx(json.loads(path.read_text())["metrics"]["val/score"])
         for name in ("baseline", "all")
         for path in (tmp_path / "digits").rglob(f"{name}-seed0/result.json")
     }
@@ -452,8 +588,6 @@ def test_other_settings_in_the_same_folder_are_refused(study):
     ablate(study.build, {"EMA": lt.EMA(lt.HalfLife("1ep"))}, **ONE, seeds=1, folder="decay")
     with pytest.raises(ValueError, match="^ablate: tricks must be what it was"):
         ablate(study.build, {"EMA": lt.EMA(lt.HalfLife("2ep"))}, **ONE, seeds=1, folder="decay")
-    with pytest.raises(ValueError, match="^ablate: metric must be what it was"):
-        ablate(study.build, study.tricks, **{**ONE, "metric": "val/loss"}, seeds=1)
     with pytest.raises(ValueError, match="^ablate: build must be what it was"):
         ablate(lambda *given: study.build(*given), study.tricks, **ONE, seeds=1)
 
@@ -493,9 +627,47 @@ def test_a_build_that_would_compare_nothing_is_refused(study, build, words):
         ablate(lambda *given: build(study, *given), {"helps": study.Help()}, **SCORE, seeds=1)
 
 
-def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(study):
-    with pytest.raises(RuntimeError, match="metric must be one that the module logs, got 'accuracy'.*logged val/score"):
-        ablate(study.build, study.tricks, metric="accuracy", mode="max", seeds=1)
+def test_a_misspelt_metric_stops_after_the_first_trial_and_the_right_one_trains_only_the_others(study):
+    words = "^ablate: metric must be one that the module logs, got 'accuracy'. trainer.validate logged val/score."
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            ablate(study.build, study.tricks, metric="accuracy", mode="max", seeds=2)
+    (done,) = Path("ablation").rglob("result.json")
+    time = done.stat().st_mtime_ns
+    assert len(ablate(study.build, study.tricks, **SCORE, seeds=2).results["all"]) == 2
+    assert done.stat().st_mtime_ns == time
+
+
+@pytest.mark.slow
+def test_a_misspelt_metric_stops_other_processes_too(study):
+    with pytest.raises(ValueError, match="^ablate: metric must be one that the module logs, got 'accuracy'"):
+        ablate(study.build, study.tricks, metric="accuracy", mode="max", seeds=30, processes=2)
+    assert 0 < len(list(Path("ablation").rglob("result.json"))) < 60
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"settings": {}, "budget": {}, "metrics": {}, "costs": {}}'])
+def test_a_damaged_result_is_named(study, content):
+    ablate(study.build, study.tricks, **SCORE, seeds=1)
+    path = Path("ablation/trials/all-seed0/result.json")
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"^ablate: result.json must be as a trial writes it, got '{path}'. Delete"):
+        ablate(study.build, study.tricks, **SCORE, seeds=1)
+
+
+def test_a_score_that_is_not_finite_is_in_the_table_and_its_effect_unknown(study):
+    study.tricks["helps"] = study.Help(math.nan)
+    for _ in range(2):  # and what is read again is what was written
+        ablation = ablate(study.build, study.tricks, **ONE, seeds=3)
+    text = Path("ablation/table.md").read_text()
+    assert text == str(ablation)
+    assert "| helps | nan | nan | nan, nan, nan |" in text
+    assert "| helps | +nan | unknown | unknown |" in text
+    assert Path("ablation/forest.png").is_file()
+    opposite = {"baseline": [math.inf, 0.0, 1.0], "a": [0.0, math.inf, 1.0]}
+    design = make_design("one-at-a-time", ["a"])
+    found = Ablation("x", "max", "one-at-a-time", results(opposite), find_effects(design, results(opposite), "max"))
+    assert "| a | +nan | unknown | unknown |" in str(found)
+    forest(found).savefig("forest.png")
 
 
 @pytest.mark.parametrize(
@@ -515,6 +687,13 @@ def test_a_metric_that_is_not_logged_is_refused_with_those_that_are(study):
             {"design": "full", "tricks": {f"t{n}": lt.EMA() for n in range(7)}},
             "design must be 'full' for at most 6 tricks.*128",
         ),
+        (
+            {"tricks": {"stop": lt.EarlyStopping}},
+            "tricks must be callbacks, and not the class of one.*Say how.*monitor",
+        ),
+        ({"trials": 5}, "trials must be a list of ids of this design, got 5. They are baseline-seed0"),
+        ({"metric": None}, "metric must be a text, got None"),
+        ({"folder": __file__}, "folder must be a folder, and none of the files, got '.*test_ablation.py'"),
         ({"processes": 0}, "processes must be a whole number of at least 1"),
         ({"processes": 2}, "processes must be 1 for what cannot be imported"),
         (
@@ -546,7 +725,7 @@ def test_the_shell_runs_trials_by_their_ids_and_prints_the_table_at_the_end(stud
     assert Path("ablation/table.md").read_text() in capsys.readouterr().out
     expected = ablate(study.build, study.tricks, **ONE, seeds=3, folder="here")
     stored = {path.parent.name: json.loads(path.read_text()) for path in Path("ablation").rglob("result.json")}
-    assert {name: result["result"]["score"] for name, result in stored.items()} == {
+    assert {name: result["metrics"]["val/score"] for name, result in stored.items()} == {
         f"{name}-seed{seed}": score for name, of in scores(expected).items() for seed, score in of.items()
     }
 
@@ -555,6 +734,7 @@ def test_the_shell_runs_trials_by_their_ids_and_prints_the_table_at_the_end(stud
     ("build", "words"),
     [
         ("nothing.py:build", "FILE:build must be a Python file that exists, got 'nothing.py'"),
+        ("study.py", "FILE:build must be a Python file, ':' and a function in it, got 'study.py'"),
         ("study.py:no", "FILE:build must be a file that defines no, got 'study.py'"),
     ],
 )

@@ -58,7 +58,7 @@ def first_outputs(model, *args, **kwargs):
 
     def keep(name):
         def hook(layer, inputs, output):
-            found.setdefault(name, output.detach().double())
+            found.setdefault(name or "model", output.detach().double())
 
         return hook
 
@@ -327,6 +327,23 @@ def test_table_reads_well():
     assert len({len(line) for line in lines}) == 1
     assert lines[1].split()[0] == "0"
     assert lines[1].split()[-2:] == ["1.000", "1"]
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+def test_a_model_of_one_layer_is_named(wrap):
+    table = lsuv_init(wrap(nn.Linear(4, 8)), torch.randn(64, 4))
+    assert [row.layer for row in table.rows] == ["model"]
+    with pytest.raises(ValueError, match="lsuv_init: variance of model must be finite and above 0"):
+        lsuv_init(wrap(nn.Linear(4, 8)), torch.zeros(64, 4))
+
+
+@pytest.mark.parametrize("kind", [tuple, list, lambda pair: {"x": pair[0], "labels": pair[1]}])
+def test_a_batch_that_forward_does_not_take_is_an_error_that_says_what_to_do(kind):
+    model = nn.Sequential(nn.Linear(4, 2))
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"^lsuv_init: batch must be what the model's forward takes, got .*batch\[0\]"):
+        lsuv_init(model, kind((torch.randn(8, 4), torch.zeros(8))))
+    assert_same(snapshot(model), before)
 
 
 def failing(layer, error):

@@ -185,6 +185,30 @@ def test_several_loggers_have_the_same_rows(tmp_path, wandb_logger):
         assert series == pytest.approx({step: values[key] for step, values in expected}, rel=1e-6)
 
 
+def test_a_logger_that_fails_takes_no_rows_from_the_others():
+    class Fails(MemoryLogger):
+        def log_metrics(self, metrics, step=None):
+            if "weight_norm/total" in metrics and step == 2:
+                raise OSError("disk full")
+            super().log_metrics(metrics, step)
+
+    loggers = [Fails(), MemoryLogger(), Fails()]
+    with pytest.raises(OSError, match="disk full"):
+        fit([lt.UpdateMonitor(1)], logger=loggers)
+    assert [list(logger.series("weight_norm/total")) for logger in loggers] == [[0, 1], [0, 1, 2], [0, 1]]
+
+
+def test_no_numbers_make_no_row():
+    class SaysNothing(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            log_scalars(trainer, {})
+
+    logger = MemoryLogger()
+    fit([SaysNothing()], logger=logger, max_epochs=1)
+    assert logger.rows
+    assert all(row for _, row in logger.rows)
+
+
 def test_without_a_logger_nothing_is_written():
     told = Tells("on_train_batch_end")
     trainer, _ = fit([told, *tricks()])

@@ -30,7 +30,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lightning_tricks as lt
 from lightning_tricks.reports import report
-from lightning_tricks.reports.build import learning_curves
+from lightning_tricks.reports.build import file_name, learning_curves
 from lightning_tricks.reports.groups import flatten, group_runs
 from lightning_tricks.reports.pictures import Curve, Panel, curves, layers
 from lightning_tricks.reports.runs import Run, read_runs
@@ -159,6 +159,24 @@ def test_a_row_that_was_cut_off_is_left_out_and_said(tmp_path):
     assert "last row was cut off" in run.notes[0]
 
 
+@pytest.mark.parametrize(
+    "bad", ["1,2", "1,2,3,4", "inf,2,3", "nan,2,3", "1e300,2,3", "x,2,3", "\0" * 200_000, "1,\0,3"]
+)
+def test_a_damaged_line_in_the_middle_is_left_out_and_said(bad, tmp_path):
+    (tmp_path / "metrics.csv").write_text(f"step,loss,accuracy\n0,4,5\n{bad}\n2,6,7\n")
+    (run,) = read_runs("report", tmp_path)
+    assert run.series == {"accuracy": {0: 5, 2: 7}, "loss": {0: 4, 2: 6}}
+    assert run.notes == (f"{tmp_path / 'metrics.csv'}: 1 damaged line(s) are left out: 3.",)
+
+
+def test_settings_with_a_tag_of_the_users_own_are_read_and_said(tmp_path):
+    write_log(tmp_path / "run", [{"step": 0, "loss": 1}])
+    (tmp_path / "run" / "hparams.yaml").write_text("lr: !Rate 0.5\nnet: !Net {depth: 3}\nseeds: !Rate [1, 2]\n")
+    (run,) = read_runs("report", tmp_path)
+    assert run.settings == {"lr": "0.5", "net": {"depth": 3}, "seeds": [1, 2]}
+    assert "unknown tag !Rate, !Net" in run.notes[0]
+
+
 def test_rows_by_hand_have_the_step_before_and_a_run_without_lightning_its_own(tmp_path):
     run = wandb.init(name="mixed", dir=tmp_path / "a", project="tests", mode="offline")
     run.log({"loss": 1.0, "trainer/global_step": 7})
@@ -197,7 +215,7 @@ def damaged(kind, folder):
     if kind == "no step":
         table.write_text("epoch,loss\n0,1\n")
     elif kind == "too short":
-        table.write_text("step,loss,accuracy\n0,1,1\n1,2\n2,3,4\n")
+        table.write_text("step,loss,accuracy\n\n1,2\n")
     elif kind == "too long":
         table.write_text("step,loss\n0,1,2\n")
     elif kind == "no number":
@@ -247,6 +265,7 @@ def test_a_file_that_cannot_be_read_is_named(kind, tmp_path):
         ({"band": (1e-2, 1e-4)}, ValueError, "low < high"),
         ({"modes": {"loss": "down"}}, ValueError, "'min' or 'max'"),
         ({"group": "arms"}, ValueError, "has arm, lr, seed"),
+        ({"output": "."}, ValueError, "output must be a file, got '.'. Give the page's name"),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_way_out(arguments, error, words, tmp_path):
@@ -548,7 +567,51 @@ def test_names_are_text_and_not_html_or_mathematics(tmp_path):
 def test_values_that_are_not_finite_are_said(tmp_path):
     rows = [{"step": step, "train/loss": value} for step, value in enumerate([1.0, math.nan, math.inf, 0.5])]
     text = text_of(report(write_log(tmp_path / "run", rows), tmp_path / "report.html"))
-    assert "2 values are not finite and not drawn." in text
+    assert "2 values are not finite, or beyond 1e100, and not drawn." in text
+
+
+def test_a_metric_that_is_nowhere_finite_has_no_empty_picture(tmp_path):
+    rows = [{"step": step, "train/loss": math.nan, "grad_norm/total": math.inf, "val/loss": 1.0} for step in range(3)]
+    page = report({"a": write_log(tmp_path / "a", rows), "b": write_log(tmp_path / "b", rows)}, tmp_path / "page.html")
+    assert [path.name for path in (tmp_path / "page_pictures").iterdir()] == ["loss.png"]
+    assert "no value is finite of grad_norm/total, train/loss, which have no curves." in text_of(page)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [
+        (lambda step: math.nan, "At some steps or at all not finite: a."),
+        (lambda step: 1.0 if step < 3 else math.nan, "steps above the band: a. At some steps or at all not finite: a."),
+        (lambda step: 1e-3, "Every layer is in the band"),
+    ],
+)
+def test_what_is_not_finite_is_not_in_the_band(ratio, words, tmp_path):
+    rows = [{"step": step, "update_ratio/a": ratio(step)} for step in range(9)]
+    text = text_of(report(write_log(tmp_path / "run", rows), tmp_path / "report.html"))
+    assert words in text
+    assert ("in the band" in text) == (words == "Every layer is in the band")
+
+
+def test_huge_numbers_long_names_and_strange_tricks_have_a_report(tmp_path):
+    long = "val/" + "long_" * 100
+    numbers = [1e308, -1e308, 1e308, 1.0]
+    rows = [{"step": step, "val/loss": x, "update_norm/a": x, long: x} for step, x in enumerate(numbers)]
+    logs = [write_log(tmp_path / f"{tricks}", rows, tricks=tricks) for tricks in ("some", "others", 3)]
+    logs += [write_log(tmp_path / f"seed{seed}", rows[:3], lr=1, seed=seed) for seed in range(3)]
+    text = text_of(report(logs, tmp_path / "report.html"))
+    assert "beyond 1e100" in text
+    names = [path.stem for path in (tmp_path / "report_pictures").iterdir()]
+    assert max(map(len, names)) < 130
+    assert file_name(long.removeprefix("val/")) in names
+    assert file_name(long + "a") != file_name(long + "b")
+
+
+def test_layers_of_many_groups_are_drawn_of_the_first_ones(tmp_path):
+    rows = [{"step": step, "update_norm/a": 1.0, "val/loss": 1.0} for step in range(3)]
+    logs = {f"run{index}": write_log(tmp_path / f"run{index}", rows) for index in range(11)}
+    text = text_of(report(logs, tmp_path / "report.html"))
+    assert len(list((tmp_path / "report_pictures").glob("update_norm-layers-*"))) == 8
+    assert "of the first 8 of 11 runs or groups; the other 3 have none." in text
 
 
 def test_wandb_runs_beside_csv_logs_are_not_counted_twice(logs, tmp_path):

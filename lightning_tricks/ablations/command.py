@@ -40,6 +40,9 @@ def run(options: argparse.Namespace) -> None:
         TypeError, ValueError, RuntimeError, ImportError, OSError: as `ablate` does; no such file or name in it.
     """
     file, _, name = options.build.rpartition(":")
+    if not file or not name:
+        fix = "Such as train.py:build"
+        raise ValueError(message("ablate", "FILE:build", "a Python file, ':' and a function in it", options.build, fix))
     found = _names(Path(file), name, options.tricks)
     if options.list:
         print("\n".join(trial_ids(found[options.tricks], options.seeds, options.design)))

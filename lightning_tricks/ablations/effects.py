@@ -1,7 +1,7 @@
 """What the trials of an ablation say: means, paired differences with their intervals, costs."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
 from typing import Literal
@@ -35,7 +35,7 @@ class Effect:
     @property
     def difference(self) -> float:
         """Mean over the seeds."""
-        return fmean(self.differences)
+        return _mean(self.differences)
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,23 @@ class Ablation:
         for name, runs in self.results.items():
             if runs:
                 scores = [run.score for run in runs.values()]
-                spread = f"{stdev(scores):.2g}" if len(scores) > 1 else "-"
+                spread = f"{_deviation(scores):.2g}" if len(scores) > 1 else "-"
                 each = ", ".join(f"{score:.4g}" for score in scores)
                 steps = sorted({run.steps for run in runs.values()})
                 counts = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
                 seconds = median(run.seconds for run in runs.values())
-                yield f"| {name} | {fmean(scores):.4g} | {spread} | {each} | {counts} | {seconds:.3g} |"
+                yield f"| {name} | {_mean(scores):.4g} | {spread} | {each} | {counts} | {seconds:.3g} |"
 
     def _effects(self) -> Iterator[str]:
         yield "| trick | paired difference | 95 % interval | what it says | time | peak memory |"
         yield "|---|---|---|---|---|---|"
         for name, effect in self.effects.items():
             low, high = effect.interval
-            word = {True: "helps", False: "harms", None: "no effect seen"}[effect.helps]
+            known = math.isfinite(high)
+            word = {True: "helps", False: "harms", None: "no effect seen" if known else "unknown"}[effect.helps]
             memory = "-" if effect.memory is None else f"{effect.memory / 2**20:+.1f} MiB"
             costs = f"{effect.time:+.1%} | {memory}"
-            interval = f"{low:+.3g} to {high:+.3g}" if math.isfinite(high) else "unknown"
+            interval = f"{low:+.3g} to {high:+.3g}" if known else "unknown"
             yield f"| {name} | {effect.difference:+.3g} | {interval} | {word} | {costs} |"
 
     def _notes(self) -> Iterator[str]:
@@ -145,6 +146,15 @@ def _effect(weights: Mapping[str, float], seeds: list[dict[str, Result]], mode: 
     told = all(runs[variant].memory is not None for runs in seeds for variant in weights)
     memory = median(contrast(lambda run: run.memory or 0)) if told else None
     return Effect(tuple(scores), (low, high), median(times), memory, better)
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    """nan where a training diverged."""
+    return fmean(numbers) if all(map(math.isfinite, numbers)) else math.nan
+
+
+def _deviation(numbers: Sequence[float]) -> float:
+    return stdev(numbers) if all(map(math.isfinite, numbers)) else math.nan
 
 
 def _interval(scores: list[float]) -> tuple[float, float]:

@@ -16,7 +16,16 @@ from lightning_tricks.ablations.designs import ALL, BASELINE, WITHOUT, Kind, mak
 from lightning_tricks.ablations.effects import Ablation, find_effects
 from lightning_tricks.ablations.pictures import forest
 from lightning_tricks.ablations.training import is_first_rank, run_trial
-from lightning_tricks.ablations.trials import TRIALS, Build, Plan, Result, Trick, make_callbacks, trial_id
+from lightning_tricks.ablations.trials import (
+    TRIALS,
+    Build,
+    Plan,
+    Result,
+    Trick,
+    describe_trick,
+    find_fingerprint,
+    trial_id,
+)
 from lightning_tricks.callbacks.run_folder import write_whole
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.plots import new_figure
@@ -65,7 +74,8 @@ def ablate(
     Returns:
         Results and effects of the finished trials; `print` it.
     Raises:
-        TypeError, ValueError: an argument out of range; a folder whose trials were trained with other settings.
+        TypeError, ValueError: an argument out of range; a folder whose trials were trained with other settings, or with
+            a damaged result; a metric that the first trial did not log (its training is kept for the right name).
         RuntimeError: trials that failed, once all others are finished and written.
         ImportError: matplotlib is not installed.
     References:
@@ -105,7 +115,7 @@ def trial_ids(tricks: Mapping[str, Trick], seeds: int | Sequence[int], design: K
 
 
 def _planned(
-    build: Any, tricks: Any, metric: str, mode: str, seeds: Any, design: Kind, folder: Any, evaluate: Any, project: Any
+    build: Any, tricks: Any, metric: Any, mode: str, seeds: Any, design: Kind, folder: Any, evaluate: Any, project: Any
 ) -> Plan:
     """The checked arguments."""
     if not callable(build):
@@ -118,16 +128,23 @@ def _planned(
         if not re.fullmatch(r"[\w.-]+", str(name)) or name in (BASELINE, ALL) or str(name).startswith(WITHOUT):
             fix = f"They are parts of files' names; {BASELINE!r}, {ALL!r} and {WITHOUT + '...'!r} are taken"
             raise ValueError(message("ablate", "tricks", "named with letters, digits, '_', '.' and '-'", name, fix))
-        make_callbacks(trick)
+        describe_trick(trick)
     for argument, value, words, fix in (
         ("mode", mode, ("min", "max"), "Say what of the metric is better"),
         ("evaluate", evaluate, ("validate", "test"), "Say which of the data the metric comes from"),
     ):
         if value not in words:
             raise ValueError(message("ablate", argument, " or ".join(map(repr, words)), value, fix))
-    return Plan(
-        build, dict(tricks), make_design(design, list(tricks)), _seeds(seeds), metric, evaluate, Path(folder), project
-    )
+    if not isinstance(metric, str):
+        fix = "Give the name that the module logs, such as 'val/accuracy'"
+        raise TypeError(message("ablate", "metric", "a text", metric, fix))
+    place = Path(folder)
+    if place.exists() and not place.is_dir():
+        fix = "Give another, which need not exist"
+        raise ValueError(message("ablate", "folder", "a folder, and none of the files", str(place), fix))
+    laid_out = make_design(design, list(tricks))
+    version = find_fingerprint("build", build)
+    return Plan(build, version, dict(tricks), laid_out, _seeds(seeds), metric, evaluate, place, project)
 
 
 def _seeds(seeds: Any) -> tuple[int, ...]:
@@ -145,8 +162,9 @@ def _seeds(seeds: Any) -> tuple[int, ...]:
 def _chosen(plan: Plan, trials: Any) -> list[str]:
     if trials is None:
         return list(plan.trials)
-    unknown = [trial for trial in trials if trial not in plan.trials] if not isinstance(trials, str) else trials
-    if unknown:
+    listed = isinstance(trials, Sequence) and not isinstance(trials, str)
+    unknown = [trial for trial in trials if trial not in plan.trials] if listed else trials
+    if unknown or not listed:
         fix = f"They are {', '.join(list(plan.trials)[:8])}{', ...' if len(plan.trials) > 8 else ''}"
         raise ValueError(message("ablate", "trials", "a list of ids of this design", unknown, fix))
     return list(trials)
@@ -179,6 +197,9 @@ def _in_processes(plan: Plan, todo: Sequence[str], processes: int) -> dict[str, 
                 outcome = future.result()
             except BrokenProcessPool:
                 outcome = None if plan.read(trial) else "a process was killed before this was finished"
+            except ValueError:  # no trial will measure the metric
+                pool.shutdown(cancel_futures=True)
+                raise
             if outcome is not None:
                 failed[trial] = outcome
     return failed

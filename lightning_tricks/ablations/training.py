@@ -8,7 +8,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_tricks.ablations.trials import RESULT, TRIALS, Plan, Result
+from lightning_tricks.ablations.trials import RESULT, TRIALS, Plan
 from lightning_tricks.callbacks.run_folder import write_whole
 from lightning_tricks.functional.checks import message
 from lightning_tricks.loggers import trial_logger
@@ -43,6 +42,8 @@ def run_trial(plan: Plan, trial: str) -> str | None:
         trial: its id.
     Returns:
         What went wrong, in a line; the trace is in the trial's folder. None if nothing did.
+    Raises:
+        ValueError: the metric was not measured, which the next trial would not do either. The result is kept.
     """
     rank_zero_info(f"ablate: {trial}")
     folder = plan.folder / TRIALS / trial
@@ -59,6 +60,7 @@ def run_trial(plan: Plan, trial: str) -> str | None:
     if is_first_rank():
         text = json.dumps(stored, indent=1).encode()
         write_whole(folder / RESULT, lambda file: file.write(text))
+    plan.result(stored)
     return None
 
 
@@ -77,11 +79,11 @@ def _run(plan: Plan, trial: str) -> dict[str, Any]:
         _check_budget(plan, budget)
         for logger in trainer.loggers:
             logger.log_hyperparams({"variant": variant, "seed": seed})
-        result = _measured(plan, trainer, module, data)
+        measured = _measured(plan, trainer, module, data)
     finally:
         if online is not None:
             online.experiment.finish()  # or the next trial would go on in this run
-    return {"settings": plan.settings(trial), "budget": budget, "result": asdict(result)}
+    return {"settings": plan.settings(trial), "budget": budget, **measured}
 
 
 @contextmanager
@@ -132,8 +134,8 @@ def _check_budget(plan: Plan, budget: dict[str, Any]) -> None:
         raise ValueError(message("ablate", "build", "one that gives all trials the same budget", budget, fix))
 
 
-def _measured(plan: Plan, trainer: Any, module: pl.LightningModule, data: tuple[Any, ...]) -> Result:
-    """Train and evaluate."""
+def _measured(plan: Plan, trainer: Any, module: pl.LightningModule, data: tuple[Any, ...]) -> dict[str, Any]:
+    """Train and evaluate; all metrics are kept, so that another one can be asked for later."""
     whole = bool(data) and isinstance(data[0], pl.LightningDataModule)
     device = trainer.strategy.root_device
     began = _start_memory(device)
@@ -144,11 +146,8 @@ def _measured(plan: Plan, trainer: Any, module: pl.LightningModule, data: tuple[
     place = 1 if plan.evaluate == "validate" else 2
     given = data[0] if whole else data[place] if data else None
     getattr(trainer, plan.evaluate)(module, given, verbose=False)
-    measured = trainer.callback_metrics
-    if plan.metric not in measured:
-        fix = f"trainer.{plan.evaluate} logged {', '.join(measured) or 'nothing'}"
-        raise ValueError(message("ablate", "metric", "one that the module logs", plan.metric, fix))
-    return Result(float(measured[plan.metric]), steps, seconds, memory)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {"metrics": metrics, "costs": {"steps": steps, "seconds": seconds, "memory": memory}}
 
 
 def _start_memory(device: torch.device) -> bool:

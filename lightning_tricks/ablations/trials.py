@@ -1,7 +1,5 @@
 """The trials of an ablation: what they are, what they came to, and whether a stored result is theirs."""
 
-import hashlib
-import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from lightning_tricks.ablations.designs import Design
+from lightning_tricks.ablations.fingerprints import fingerprint
 from lightning_tricks.functional.checks import message
 
 Build: TypeAlias = Callable[[int, list[Callback], list[Logger]], tuple[Any, ...]]
@@ -45,6 +44,7 @@ class Plan:
     """All that a trial needs to know; it can be sent to another process."""
 
     build: Build
+    version: str  # of build, as it was before it ran
     tricks: Mapping[str, Trick]
     design: Design
     seeds: tuple[int, ...]
@@ -65,34 +65,54 @@ class Plan:
     def settings(self, trial: str) -> dict[str, Any]:
         """What must be as it was for a stored result to be this trial's."""
         variant, seed = self.trials[trial]
-        tricks = {
-            name: list(map(_described, make_callbacks(self.tricks[name]))) for name in self.design.variants[variant]
-        }
-        settings = {
-            "seed": seed,
-            "tricks": tricks,
-            "metric": self.metric,
-            "evaluate": self.evaluate,
-            "build": _source(self.build),
-        }
-        return json.loads(json.dumps(settings, default=_text))  # type: ignore[no-any-return]
+        tricks = {name: describe_trick(self.tricks[name]) for name in self.design.variants[variant]}
+        return {"seed": seed, "tricks": tricks, "evaluate": self.evaluate, "build": self.version}
+
+    def result(self, stored: Mapping[str, Any]) -> Result:
+        """A stored result as seen by this metric.
+
+        Args:
+            stored: of a trial.
+        Raises:
+            ValueError: the metric was not measured.
+        """
+        metrics = stored["metrics"]
+        if self.metric not in metrics:
+            fix = f"trainer.{self.evaluate} logged {', '.join(metrics) or 'nothing'}. What was trained is kept"
+            raise ValueError(message("ablate", "metric", "one that the module logs", self.metric, fix))
+        return Result(metrics[self.metric], **stored["costs"])
 
     def read(self, trial: str) -> tuple[Result, dict[str, Any]] | None:
         """A finished trial's result and its budget; None if it is not finished.
 
         Raises:
-            ValueError: it was another trial.
+            ValueError: it was another trial; its file is damaged; the metric was not measured.
         """
         path = self.folder / TRIALS / trial / RESULT
         if not path.is_file():
             return None
-        stored = json.loads(path.read_text())
+        stored = _stored(path)
         for key, value in self.settings(trial).items():
-            if stored["settings"].get(key) != value:
+            other = stored["settings"].get(key)
+            if json.dumps(other) != json.dumps(value):  # as text: a nan is equal to itself
                 fix = f"It has changed since {trial} was trained: give another folder, or delete {path.parent}"
-                got = f"{value!r} beside {stored['settings'].get(key)!r}"
+                got = f"{value!r} beside {other!r}"
                 raise ValueError(message("ablate", key, "what it was for the trials in the folder", got, fix))
-        return Result(**stored["result"]), stored["budget"]
+        return self.result(stored), stored["budget"]
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """What a file says, if it says all that is needed."""
+    try:
+        stored = json.loads(path.read_text())
+        whole = all(isinstance(stored[part], dict) for part in ("settings", "budget", "metrics", "costs"))
+        Result(0.0, **stored["costs"])
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        fix = f"Delete {path}, and it is trained again"
+        raise ValueError(message("ablate", "result.json", "as a trial writes it", f"{path}", fix))
+    return stored  # type: ignore[no-any-return]
 
 
 def trial_id(variant: str, seed: int) -> str:
@@ -108,7 +128,13 @@ def make_callbacks(trick: Trick) -> list[Callback]:
     Raises:
         TypeError: something else.
     """
-    made = deepcopy(trick) if isinstance(trick, (Callback, Sequence)) else trick() if callable(trick) else trick
+    try:
+        made = deepcopy(trick) if isinstance(trick, (Callback, Sequence)) else trick() if callable(trick) else trick
+    except TypeError as error:
+        if not isinstance(trick, type):
+            raise
+        fix = f"Say how it is made: {trick.__name__}(...). {error}".rstrip(".")
+        raise TypeError(message("ablate", "tricks", "callbacks, and not the class of one", trick, fix)) from error
     several = [made] if isinstance(made, Callback) else made
     if not isinstance(several, Sequence) or not all(isinstance(callback, Callback) for callback in several):
         fix = "Such as {'EMA': lt.EMA(0.999)}, or lambda: [lt.EMA(0.999)] for callbacks that cannot be copied"
@@ -116,21 +142,51 @@ def make_callbacks(trick: Trick) -> list[Callback]:
     return list(several)
 
 
+def describe_trick(trick: Trick) -> list[Any]:
+    """What must be as it was of a trick's callbacks, as JSON holds it.
+
+    Args:
+        trick: as `make_callbacks` takes it.
+    Raises:
+        TypeError: something else, or what cannot be compared with a later one.
+    """
+    described = [_described(callback) for callback in make_callbacks(trick)]
+    return json.loads(json.dumps(described, default=_text))  # type: ignore[no-any-return]
+
+
+def find_fingerprint(name: str, item: Any) -> str:
+    """Shorten what an argument is made of.
+
+    Args:
+        name: of the argument.
+        item: it, or a part of it.
+    Raises:
+        TypeError: it cannot be described, so a later call could not tell whether it is the same.
+    """
+    try:
+        return fingerprint(item)
+    except (TypeError, RecursionError) as error:
+        fix = "Make what cannot be pickled inside of the function or of its hooks, or give the callback `settings`"
+        raise TypeError(message("ablate", name, "made of what a later call can compare", f"{error}", fix)) from error
+
+
 def _described(callback: Callback) -> dict[str, Any]:
-    """A callback's class and settings; of one that has no settings its plain attributes."""
-    plain = {key: value for key, value in vars(callback).items() if isinstance(value, (bool, int, float, str))}
+    """A callback's class and settings, to be read, and the fingerprint of all that it holds."""
     kind = type(callback)
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "settings": getattr(callback, "settings", plain)}
+    plain = {key: value for key, value in vars(callback).items() if isinstance(value, (bool, int, float, str))}
+    try:
+        whole = find_fingerprint("tricks", callback)
+    except TypeError:
+        if not hasattr(callback, "settings"):
+            raise
+        whole = find_fingerprint("tricks", kind)  # its settings say the rest
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "settings": getattr(callback, "settings", plain),
+        "fingerprint": whole,
+    }
 
 
 def _text(item: Any) -> str:
-    """What an object says of itself, which is the same in every process."""
-    return re.sub(" at 0x[0-9a-f]+", "", repr(item))
-
-
-def _source(build: Build) -> str:
-    try:
-        text = inspect.getsource(build)
-    except (OSError, TypeError):  # of no file, or no function
-        text = getattr(build, "__qualname__", type(build).__qualname__)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """What an object among the settings says of itself and is made of, which is the same in every process."""
+    return f"{re.sub(' at 0x[0-9a-f]+', '', repr(item))} {find_fingerprint('tricks', item)}"

@@ -45,14 +45,15 @@ class ActivationMonitor(Callback):
         every_n_steps: how often, at least 1; counted as Lightning counts `log_every_n_steps`: optimizer steps, or
             batches where the module optimizes by hand.
         layers: patterns of module names (`"encoder.*"`), any module may be one; None takes the layers that have
-            parameters of their own, frozen ones too, and torch's activation functions.
+            parameters of their own, frozen ones too, and torch's activation functions. TorchScript's modules, which
+            take no such hooks, are left out.
         gradients: whether to log `input_gradient_std` and `output_gradient_std` too: the spread of the loss's
             derivatives by the tensors that go into a layer and come out, in all their uses (beside a residual branch
             too). They are those that Lightning propagates: unscaled, of each rank's own loss, which it divides by the
             number of accumulated batches. Layers in a checkpoint of `use_reentrant=True` have none.
     Raises:
-        TypeError, ValueError: an argument out of range, a pattern without a module, another ActivationMonitor in the
-            Trainer, FSDP1 or DeepSpeed.
+        TypeError, ValueError: an argument out of range, a pattern without a module or of one of TorchScript, another
+            ActivationMonitor in the Trainer, FSDP1 or DeepSpeed.
     References:
         Glorot and Bengio, "Understanding the difficulty of training deep feedforward neural networks", AISTATS 2010,
         figures 2 to 4 and 7.
@@ -174,7 +175,12 @@ class ActivationMonitor(Callback):
             if not any(fnmatchcase(name, pattern) for name in found):
                 fix = "Give patterns of the names that named_modules() has"
                 raise ValueError(message("ActivationMonitor", "layers", "patterns of module names", pattern, fix))
-        return {name: child for name, child in found.items() if any(fnmatchcase(name, p) for p in self.layers)}
+        chosen = {name: child for name, child in found.items() if any(fnmatchcase(name, p) for p in self.layers)}
+        scripted = [name for name, child in chosen.items() if isinstance(child, torch.jit.ScriptModule)]
+        if scripted:
+            condition, fix = "patterns without modules of TorchScript", "They take no hooks: name the others"
+            raise ValueError(message("ActivationMonitor", "layers", condition, ", ".join(scripted), fix))
+        return chosen
 
     def _before_layer(self, name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._expect_gradient((INPUT_GRADIENT, name), first_tensor((args, kwargs)))
@@ -252,7 +258,7 @@ def _is_wrapper(module: nn.Module) -> bool:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    if isinstance(module, ParametrizationList):
-        return False  # it puts out weights
+    if isinstance(module, (ParametrizationList, torch.jit.ScriptModule)):
+        return False  # the one puts out weights, the other takes no hooks that are not scripted
     own = any(parameter is not None for parameter in module._parameters.values()) or is_parametrized(module)
     return own or type(module).__module__ == nn.ReLU.__module__

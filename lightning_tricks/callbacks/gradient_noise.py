@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -30,6 +31,7 @@ class GradientNoise:
         self.small: Tensor | None = None
         self._batch = self._accumulation = self._ranks = 1
         self._batches = 0  # of the step that is watched
+        self._short = False  # whether one of them may have fewer samples
         self._handles: list[RemovableHandle] = []
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -52,9 +54,10 @@ class GradientNoise:
             condition, got = f"{without} where a step is one batch on one rank", f"{sizes[0]} samples"
             raise ValueError(message("UpdateMonitor", "measures", condition, got, fix))
 
-    def watch(self, parameters: Iterable[Tensor]) -> None:
+    def watch(self, trainer: pl.Trainer, parameters: Iterable[Tensor]) -> None:
         """Look at the gradients of the first batch of a step, before ranks average and accumulation adds them."""
         self._batches += 1
+        self._short |= trainer.is_last_batch and ends_short(trainer.train_dataloader, self._batch)
         if self._batches == 1:
             self._handles = [parameter.register_hook(self._see) for parameter in parameters]  # type: ignore[no-untyped-call]
 
@@ -77,11 +80,13 @@ class GradientNoise:
         """The squared norm of the mean gradient of one batch on one rank: its mean over ranks, (1,); maybe none."""
         if self.small is None or self._batches != self._accumulation:  # an epoch's last step may be of fewer batches
             return []
-        small = self.small if self._ranks == 1 else trainer.strategy.reduce(self.small, reduce_op="mean")
+        # One rank may have the short batch: what is not finite leaves the step out on all of them.
+        small = self.small * math.nan if self._short else self.small
+        small = small if self._ranks == 1 else trainer.strategy.reduce(small, reduce_op="mean")
         return [small.reshape(1)]
 
     def scale(self, small: float, large: float) -> dict[str, float]:
-        """The noise scale (samples) after one more logged step; nothing while the signal is lost in the noise.
+        """The noise scale (samples) after one more logged step; nothing while an estimate is not above 0.
 
         Args:
             small, large: squared norms of the gradient of one batch on one rank, and of the step's.
@@ -92,14 +97,34 @@ class GradientNoise:
         signal, noise = noise_terms(small, large, self._batch, total)
         self.signal = _KEPT * self.signal + (1 - _KEPT) * signal
         self.noise = _KEPT * self.noise + (1 - _KEPT) * noise
-        return {"noise_scale/total": self.noise / self.signal} if self.signal > 0 else {}
+        return {"noise_scale/total": self.noise / self.signal} if min(self.signal, self.noise) > 0 else {}
 
     def forget(self) -> None:
         """A new step begins."""
         self._unhook()
-        self.small, self._batches = None, 0
+        self.small, self._batches, self._short = None, 0, False
 
     def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def ends_short(loader: Any, batch_size: int) -> bool:
+    """Whether the last batch of an epoch may have fewer samples than the others.
+
+    Args:
+        loader: of the training data.
+        batch_size: of its batches.
+    Example:
+        >>> ends_short(torch.utils.data.DataLoader(range(10)), 5), ends_short(torch.utils.data.DataLoader(range(10)), 4)
+        (False, True)
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    batches = loader if batches is None else batches
+    if getattr(batches, "drop_last", False):
+        return False
+    try:
+        return len(batches.sampler) % batch_size > 0
+    except (AttributeError, TypeError):  # a stream, or a loader of the user's own
+        return True

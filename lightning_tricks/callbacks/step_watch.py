@@ -133,8 +133,9 @@ class StepWatch:
         """Measure what there is before the step: where that calls a closure, after the first call of it."""
         if id(optimizer) not in self.due | self.leading:
             return None
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
-        if closure is None:
+        by_name = kwargs.get("closure") is not None
+        closure = kwargs["closure"] if by_name else args[1] if len(args) > 1 else None  # args[0] is the optimizer
+        if not callable(closure):
             self._begin(optimizer)
             return None
         calls = 0
@@ -146,7 +147,9 @@ class StepWatch:
                 self._begin(optimizer)
             return loss
 
-        return args[:1], {**kwargs, "closure": then_measure}
+        if by_name:
+            return args, {**kwargs, "closure": then_measure}
+        return (args[0], then_measure, *args[2:]), kwargs
 
     def _begin(self, optimizer: Optimizer) -> None:
         step, scale = self._step(optimizer), self._scale(optimizer)

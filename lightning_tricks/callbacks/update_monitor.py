@@ -40,7 +40,8 @@ class UpdateMonitor(Callback):
       was not called in the batch before has none;
     - `noise_scale/total` (samples), from the gradient of one batch on one rank beside that of the step, as means over
       logged steps with a decay of 0.9. That needs accumulation or ranks (DDP) and a loader with a `batch_size`, and is
-      not logged while the estimate of the true gradient's square is not above 0.
+      not logged while the estimate of the true gradient's square, or of the noise, is not above 0. Steps with the
+      last batch of an epoch are left out where that may be smaller than the others.
 
     Only every n-th step is measured, with one transfer to the host and one row in each logger, on the step of
     Lightning's own rows; the others cost nothing. A logged step that a GradScaler skipped has no row. Of several
@@ -151,7 +152,7 @@ class UpdateMonitor(Callback):
         hold_parts(pl_module)
         watch.begin_batch(pl_module, trainer.optimizers, step // self.every_n_steps)
         if watch.due and "noise_scale" in self.measures:
-            self._noise.watch(watch.parameters(trainer.optimizers[0]))
+            self._noise.watch(trainer, watch.parameters(trainer.optimizers[0]))
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The gradients of one batch on one rank have been seen."""

@@ -1,5 +1,6 @@
 """What the report shows, in which order."""
 
+import hashlib
 import io
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.reports import page
 from lightning_tricks.reports.groups import Group, differing, flatten, group_runs, is_seed
-from lightning_tricks.reports.pictures import Curve, Panel, Picture, curves, layers, styles
+from lightning_tricks.reports.pictures import HEAT_MAPS, Curve, Panel, Picture, curves, drawable, layers, styles
 from lightning_tricks.reports.runs import Run, Runs, read_runs
 from lightning_tricks.reports.summary import (
     CHAPTERS,
@@ -78,10 +79,12 @@ def report(
         ValueError: report: runs must be paths that exist, got 'no_such_folder'. Give a folder of ...
     """
     _check(smooth, band, modes)
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(message("report", "output", "a file", str(path), "Give the page's name, as 'report.html'"))
     read = read_runs("report", runs)
     groups = group_runs("report", read, group)
     modes = modes or {}
-    path = Path(output)
     folder = path.with_name(f"{path.stem}_pictures")
     folder.mkdir(parents=True, exist_ok=True)
     drawn = {
@@ -107,7 +110,7 @@ def report(
     else:
         missing.append("Events: nothing was logged as event/*; no callback that reports them has acted.")
     sections += [("Settings", _settings(groups)), ("Runs", _runs(groups))]
-    notes = [*missing, *(note for run in read for note in run.notes)]
+    notes = [*missing, *_not_drawn(groups), *(note for run in read for note in run.notes)]
     if notes:
         sections.append(("Left out", page.paragraphs(notes)))
     path.write_text(page.page(title, _lead(groups), sections), encoding="utf-8")
@@ -145,7 +148,11 @@ def file_name(text: str) -> str:
         >>> file_name("update_ratio, arm = a/b")
         'update_ratio-arm-a-b'
     """
-    return "-".join("".join(c if c.isalnum() or c in "._" else " " for c in text).split())
+    name = "-".join("".join(c if c.isalnum() or c in "._" else " " for c in text).split())
+    if len(name.encode()) <= 120:
+        return name
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    return f"{name.encode()[:100].decode(errors='ignore')}-{digest}"  # file systems take 255 bytes at most
 
 
 def _all(groups: Sequence[Group]) -> list[Run]:
@@ -270,7 +277,9 @@ def learning_curves(groups: Sequence[Group], smooth: int | None) -> Iterator[Pic
             panels = [Panel(metric, metric, tuple(line for line in lines if line.runs))]
         else:
             panels = [_panel(groups, key, ", ".join(filter(None, (metric, stage(key)[1]))), metric) for key in keys]
-        yield curves(metric, metric, panels, _marks(groups), smooth)
+        panels = [panel for panel in panels if panel.curves]
+        if panels:
+            yield curves(metric, metric, panels, _marks(groups), smooth)
 
 
 def _learning_rates(groups: Sequence[Group]) -> Iterator[Picture]:
@@ -295,7 +304,7 @@ def _measured(
     for name in quantities:
         heading, unit = QUANTITIES[name]
         limits = band if name == "update_ratio" else None
-        yield from layers(f"{name}-layers", heading, unit, groups, name, limits)
+        yield from layers(f"{name}-layers", heading, unit, groups[:HEAT_MAPS], name, limits)
 
 
 def _panel(groups: Sequence[Group], key: str, title: str, unit: str) -> Panel:
@@ -304,7 +313,23 @@ def _panel(groups: Sequence[Group], key: str, title: str, unit: str) -> Panel:
 
 
 def _curve(name: str, index: int, group: Group, key: str) -> Curve:
-    return Curve(name, *styles(index), tuple(run.series[key] for run in group.runs if run.series.get(key)))
+    logged = (run.series.get(key, {}) for run in group.runs)
+    return Curve(name, *styles(index), tuple(series for series in logged if any(map(drawable, series.values()))))
+
+
+def _not_drawn(groups: Sequence[Group]) -> list[str]:
+    """What pictures leave out, in words."""
+    notes = []
+    for run in _all(groups):
+        curved = (key for key in run.series if quantity(key) in (None, "lr") or key.endswith("/total"))
+        lost = [key for key in curved if not any(map(drawable, run.series[key].values()))]
+        if lost:
+            notes.append(f"{run.name}: no value is finite of {', '.join(lost)}, which have no curves.")
+    layered = {quantity(key) for run in _all(groups[HEAT_MAPS:]) for key in run.series if not key.endswith("/total")}
+    if layered & QUANTITIES.keys():
+        shown = f"the first {HEAT_MAPS} of {len(groups)} runs or groups"
+        notes.append(f"Pictures of layers are of {shown}; the other {len(groups) - HEAT_MAPS} have none.")
+    return notes
 
 
 def _marks(groups: Sequence[Group]) -> list[tuple[str, str, list[int]]]:

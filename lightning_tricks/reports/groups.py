@@ -50,7 +50,7 @@ def _names(groups: list[list[Run]]) -> list[str]:
     """Names by what differs: settings, then tricks, then the first run's own name."""
     settings = [flatten(members[0].settings) for members in groups]
     own = [name for name in differing(settings) if not name.startswith("tricks.") and not is_seed(name)][:3]
-    tricks = [" + ".join(members[0].settings.get("tricks", {})) or "no tricks" for members in groups]
+    tricks = [" + ".join(members[0].tricks) or "no tricks" for members in groups]
     first = [members[0].name for members in groups]
     values = [each.get(own[0], "none") for each in settings] if len(own) == 1 else []
     speaking = [] if any(value[:1].isdigit() or value in {"none", "True", "False"} for value in values) else values

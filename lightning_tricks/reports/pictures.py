@@ -28,6 +28,10 @@ COLUMNS = 200
 """Most steps of a picture of layers."""
 LINES_OF_EVENTS = 6
 """Most events of one kind that have a line through the picture beside their mark."""
+HEAT_MAPS = 8
+"""Most groups whose layers have a picture: more are not read, and take minutes to draw."""
+LARGEST = 1e100
+"""Most that is drawn: a picture from -1e308 to 1e308 is larger than any number."""
 ROWS = 60
 """Most layers that are named at a picture."""
 
@@ -62,6 +66,11 @@ class Picture:
     figure: "Figure"
     caption: str
     wide: bool = False
+
+
+def drawable(value: float) -> bool:
+    """Whether a value has a place in a picture: finite, and its size not beyond 1e100."""
+    return abs(value) <= LARGEST
 
 
 def styles(index: int) -> tuple[str, str]:
@@ -115,9 +124,10 @@ def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
         every = -(-longest // POINTS)
         averages = []
         for series in curve.runs:
-            points = thin({step: value for step, value in series.items() if math.isfinite(value)}, POINTS)
+            points = thin({step: value for step, value in series.items() if drawable(value)}, POINTS)
             axes.scatter(list(points), list(points.values()), s=6, color=curve.colour, alpha=0.25, linewidths=0)
-            means = moving_average(list(series.values()), width, every)
+            shown = [value if drawable(value) else math.nan for value in series.values()]
+            means = moving_average(shown, width, every)
             averages.append(dict(zip(list(series)[::every], means, strict=True)))
         for average in averages if len(averages) > 1 else []:
             axes.plot(list(average), list(average.values()), color=curve.colour, alpha=0.4, linewidth=0.7)
@@ -126,7 +136,7 @@ def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
         mean = [statistics.fmean(average[step] for average in averages) for step in common]
         axes.plot(common, mean, color=curve.colour, linestyle=curve.line, linewidth=1.8, label=plain(curve.name))
     values = [value for curve in panel.curves for series in curve.runs for value in series.values()]
-    finite = [value for value in values if math.isfinite(value)]
+    finite = [value for value in values if drawable(value)]
     if not panel.linear and finite and min(finite) > 0 and (panel.band or max(finite) > 100 * min(finite)):
         axes.set_yscale("log")
     if panel.band is not None:
@@ -149,7 +159,7 @@ def _what_lines_are(panel: Panel, widths: dict[str, int], lost: int) -> str:
     if longest > POINTS:
         words.append(f"Points are, of up to {longest:,} a run, the lowest and the highest of each stretch.")
     if lost:
-        words.append(f"{lost} value{'s are' if lost > 1 else ' is'} not finite and not drawn.")
+        words.append(f"{lost} value{'s are' if lost > 1 else ' is'} not finite, or beyond 1e100, and not drawn.")
     return " ".join(words)
 
 
@@ -278,18 +288,26 @@ def _median(runs: Sequence[Run], key: str) -> dict[int, float]:
 
 
 def _verdict(median: dict[str, dict[int, float]], band: tuple[float, float]) -> str:
-    """Layers that are outside of the band for most of the time, in words."""
-    said = []
+    """Layers that are outside of the band for most of the time, and those that are not finite, in words."""
+    finite = {name: [value for value in series.values() if math.isfinite(value)] for name, series in median.items()}
+    said, words = [], []
     for word, outside in (("above", lambda v: v > band[1]), ("below", lambda v: v < band[0])):
-        found = [name for name, series in median.items() if 2 * sum(map(outside, series.values())) > len(series)]
+        found = [name for name, values in finite.items() if 2 * sum(map(outside, values)) > len(values)]
         if found:
-            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
-            said.append(f"{word} the band: {', '.join(found[:4])}{more}")
-    return (
-        f"For more than half of the steps {'; '.join(said)}."
-        if said
-        else "Every layer is in the band for half of the steps or more."
-    )
+            said.append(f"{word} the band: {_some(found)}")
+    lost = [name for name, values in finite.items() if len(values) < len(median[name])]
+    if said:
+        words.append(f"For more than half of the steps {'; '.join(said)}.")
+    elif any(finite.values()):
+        which = "Every layer is" if all(finite.values()) else "Every layer that is finite is"
+        words.append(f"{which} in the band for half of the steps or more.")
+    if lost:
+        words.append(f"At some steps or at all not finite: {_some(lost)}.")
+    return " ".join(words)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _within(value: float, norm: "Normalize") -> float:
@@ -315,7 +333,7 @@ def _plain(values: Sequence[float], unit: str) -> "tuple[Colormap, Normalize]":
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm, Normalize
 
-    finite = [value for value in values if math.isfinite(value)] or [0.0]
+    finite = [value for value in values if drawable(value)] or [0.0]
     low, high = (0.0, 1.0) if unit == "share" else (min(finite), max(finite))
     least = min((value for value in finite if value > 0), default=math.inf)
     if unit != "share" and low >= 0 and high > 30 * least:

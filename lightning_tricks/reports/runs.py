@@ -3,7 +3,7 @@
 import csv
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -38,6 +38,12 @@ class Run:
     settings: Mapping[str, Any]
     group: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def tricks(self) -> Mapping[str, Any]:
+        """The settings of the callbacks of this package, by their names."""
+        tricks = self.settings.get("tricks")
+        return tricks if isinstance(tricks, Mapping) else {}
 
 
 def read_runs(owner: str, runs: Runs) -> list[Run]:
@@ -125,31 +131,57 @@ def _read_csv(owner: str, path: Path, group: str | None) -> Run:
     if len(lines) > 1 and not text.endswith("\n"):
         lines.pop()
         notes.append(f"{path}: its last row was cut off, and is left out.")
-    reader = csv.DictReader(lines)
-    if "step" not in (reader.fieldnames or ()):
-        fix = "That is how Lightning's CSVLogger writes it"
-        raise ValueError(message(owner, "runs", "logs with a column 'step'", str(path), fix))
-    rows = _csv_rows(owner, path, reader)
+    rows, lost = _csv_rows(owner, path, lines)
+    if lost:
+        shown = ", ".join(map(str, lost[:10])) + (", ..." if lost[10:] else "")
+        notes.append(f"{path}: {len(lost)} damaged line(s) are left out: {shown}.")
     series, strange = in_steps(rows)
     notes += [f"{path}: {key} is left out, since it holds no plain numbers." for key in strange]
-    return Run(path.parent.absolute().name, path.parent, series, _hparams(owner, path.parent), group, tuple(notes))
+    settings, note = _hparams(owner, path.parent)
+    return Run(path.parent.absolute().name, path.parent, series, settings, group, (*notes, *note))
 
 
-def _csv_rows(owner: str, path: Path, reader: "csv.DictReader[str]") -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for row in reader:
-        try:
-            step = int(float(row.pop("step")))
-        except (TypeError, ValueError):
-            step = None
-        if step is None or None in row or None in row.values():
-            where = f"{path}, line {reader.line_num}"
-            fix = "It was damaged, or written by another program"
-            raise ValueError(message(owner, "runs", "tables with a step and one value a column", where, fix))
-        yield step, {key: value for key, value in row.items() if value != "" and key != "epoch"}
+def _csv_rows(owner: str, path: Path, lines: list[str]) -> tuple[list[tuple[int, Mapping[str, Any]]], list[int]]:
+    """Steps with their rows, and the numbers of the lines that are none."""
+    # What a machine that lost power leaves; csv of Python 3.10 stops at it.
+    reader = csv.DictReader(["damaged" if "\0" in line else line for line in lines])
+    rows: list[tuple[int, Mapping[str, Any]]] = []
+    lost = []
+    try:
+        if "step" not in (reader.fieldnames or ()):
+            fix = "That is how Lightning's CSVLogger writes it"
+            raise ValueError(message(owner, "runs", "logs with a column 'step'", str(path), fix))
+        for row in reader:
+            step = _step(row.pop("step"))
+            if step is None or None in row or None in row.values():
+                lost.append(reader.line_num)
+            else:
+                rows.append((step, {key: value for key, value in row.items() if value != "" and key != "epoch"}))
+    except csv.Error as error:
+        where = f"{path}, line {reader.line_num}"
+        raise ValueError(message(owner, "runs", "tables that can be read", where, f"{error}")) from error
+    if lost and not rows:
+        where = f"{path}, line {lost[0]}"
+        fix = "It was damaged, or written by another program"
+        raise ValueError(message(owner, "runs", "tables with a step and one value a column", where, fix))
+    return rows, lost
+
+
+def _step(text: str | None) -> int | None:
+    """A step; None of what is none. Beyond 2**53 neighbours are the same as numbers of a picture."""
+    try:
+        step = int(float(text or ""))
+    except (OverflowError, ValueError):
+        return None
+    return step if abs(step) <= 2**53 else None
 
 
 class _Plain(yaml.SafeLoader):
     """Reads the objects of Python that Lightning may have written as what they hold, and makes none."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.unknown: list[str] = []
 
 
 def _as_plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
@@ -160,19 +192,29 @@ def _as_plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
     return node.value or suffix.partition(":")[2]
 
 
+def _as_unknown(loader: _Plain, tag: str, node: yaml.Node) -> Any:
+    loader.unknown.append(tag)
+    return _as_plain(loader, tag, node)
+
+
 _Plain.add_multi_constructor("tag:yaml.org,2002:python/", _as_plain)
+_Plain.add_multi_constructor(None, _as_unknown)
 
 
-def _hparams(owner: str, folder: Path) -> Mapping[str, Any]:
+def _hparams(owner: str, folder: Path) -> tuple[Mapping[str, Any], list[str]]:
+    """The settings, and what is to be said of them."""
     path = folder / "hparams.yaml"
     if not path.exists():
-        return {}
+        return {}, []
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Plain)
+        loader = _Plain(path.read_text(encoding="utf-8"))
+        settings = loader.get_single_data()
     except (OSError, ValueError, yaml.YAMLError) as error:
         fix = f"{error}. Repair or remove it".replace("\n", " ")
         raise ValueError(message(owner, "runs", "settings that YAML can read", str(path), fix)) from error
-    return settings if isinstance(settings, dict) else {}
+    tags = ", ".join(dict.fromkeys(loader.unknown))
+    notes = [f"{path}: of values with the unknown tag {tags} what they hold is shown."] if tags else []
+    return settings if isinstance(settings, dict) else {}, notes
 
 
 # ---------------------------------------------------------------------- W&B
@@ -195,7 +237,7 @@ def _read_offline(owner: str, files: list[Path], group: str | None) -> Run:
     return Run(name, files[-1].parent, series, settings, group, tuple(notes))
 
 
-def in_steps(rows: "Iterator[tuple[int, Mapping[str, Any]]] | Sequence[tuple[int, Mapping[str, Any]]]") -> Any:
+def in_steps(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[dict[str, Series], list[str]]:
     """Sort rows into series.
 
     Args:

@@ -95,8 +95,7 @@ def schedule_keys(runs: Sequence[Run]) -> list[str]:
     """Keys of values that follow a schedule: learning rates, then what the settings say is scheduled."""
     keys = {key for run in runs for key in run.series if quantity(key) == "lr"}
     for run in runs:
-        tricks = run.settings.get("tricks")
-        given = [each for each in tricks.values() if isinstance(each, Mapping)] if isinstance(tricks, Mapping) else []
+        given = [each for each in run.tricks.values() if isinstance(each, Mapping)]
         names = [str(each["name"]) for each in given if "name" in each and "schedule" in each]
         follows = tuple(name + mark for name in names for mark in "-/")  # what several groups or optimizers add
         keys |= {key for key in run.series if key in names or key.startswith(follows)}
@@ -137,8 +136,7 @@ def direction(key: str, runs: Iterable[Run], modes: Mapping[str, Mode]) -> Mode 
     if key in modes:
         return modes[key]
     for run in runs:
-        tricks = run.settings.get("tricks")
-        for settings in tricks.values() if isinstance(tricks, Mapping) else ():
+        for settings in run.tricks.values():
             if (
                 isinstance(settings, Mapping)
                 and settings.get("monitor") == key
@@ -216,7 +214,10 @@ def with_spread(values: Sequence[float]) -> str:
     """
     if len(values) == 1 or not all(map(math.isfinite, values)):
         return ", ".join(map(short, values))
-    mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    try:
+        mean, deviation = statistics.fmean(values), statistics.stdev(values)
+    except OverflowError:  # of numbers around 1e308
+        return ", ".join(map(short, values))
     if deviation == 0:
         return f"{short(mean)} ± 0"
     decimals = 1 - math.floor(math.log10(deviation))

@@ -637,6 +637,17 @@ def test_two_are_refused():
         fit([ActivationMonitor(1), ActivationMonitor(2)])
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_modules_are_left_out_and_refused_by_name():
+    module, logger = Net(), MemoryLogger()
+    module.body = torch.jit.script(module.body)
+    fit([ActivationMonitor(1, gradients=True)], module, logger=logger, max_epochs=1)
+    names = {key.partition("/")[2] for _, row in logger.rows for key in row if key.startswith("activation")}
+    assert names == {"frozen", "head"}
+    with pytest.raises(ValueError, match=r"layers must be patterns without modules of TorchScript, got 'body.0, "):
+        fit([ActivationMonitor(50, ["body.*", "head"])], module, logger=logger)
+
+
 def test_pattern_without_a_module_is_refused_before_training():
     module = Net()
     with pytest.raises(ValueError, match=r"ActivationMonitor: layers must be patterns of module names, got 'legs.\*'"):

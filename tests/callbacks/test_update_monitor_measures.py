@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_tricks as lt
+from lightning_tricks.callbacks.gradient_noise import GradientNoise
 
 EXACT = ("grad_norm", "grad_norm_clipped", "weight_norm", "update_norm", "update_ratio", "grad_zeros")
 EXACT += ("grad_nonfinite", "update_cosine")
@@ -422,7 +423,7 @@ def noise_of(rows, decay=0.9):
     for small, large, batch, total in rows:
         signal = decay * signal + (1 - decay) * (total * large - batch * small) / (total - batch)
         noise = decay * noise + (1 - decay) * (small - large) / (1 / batch - 1 / total)
-        scales.append(noise / signal if signal > 0 else None)
+        scales.append(noise / signal if signal > 0 and noise > 0 else None)
     return scales
 
 
@@ -514,6 +515,26 @@ def test_a_step_of_fewer_batches_has_no_noise_scale():
     monitor = lt.UpdateMonitor(1, ("weight_norm", "noise_scale"))
     fit([monitor], Linear(), logger=logger, accumulate_grad_batches=4, max_epochs=3)  # of 4 batches and of 2
     assert [("noise_scale/total" in row) for row in ours(logger).values()] == [True, False] * 3
+
+
+@pytest.mark.parametrize(("drop", "count", "rows"), [(False, 23, 2), (True, 27, 3), (False, 24, 3)])
+def test_a_step_with_a_smaller_batch_counts_for_no_noise_scale(drop, count, rows):
+    train = DataLoader(data(count), batch_size=4, drop_last=drop)
+    monitor, squares = lt.UpdateMonitor(1, ("weight_norm", "noise_scale")), Squares(2)
+    fit([squares, monitor], Linear(), train, logger=MemoryLogger(), accumulate_grad_batches=2, max_epochs=1)
+    signal = noise = 0.0
+    for small, large, batch, total in squares.rows[:rows]:
+        signal = 0.9 * signal + 0.1 * (total * large - batch * small) / (total - batch)
+        noise = 0.9 * noise + 0.1 * (small - large) / (1 / batch - 1 / total)
+    assert len(squares.rows) == 3
+    assert (monitor._noise.signal, monitor._noise.noise) == pytest.approx((signal, noise), rel=1e-3)
+
+
+def test_a_negative_noise_is_not_logged():
+    noise = GradientNoise()
+    noise._batch, noise._accumulation = 4, 2
+    assert noise.scale(small=1.0, large=1.5) == {}
+    assert noise.signal > 0 > noise.noise
 
 
 def test_noise_scale_is_of_the_whole_gradient_and_hooks_are_gone():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from kit import MemoryLogger, Net, fit, plugin_that_skips
+from kit import ByHand, MemoryLogger, Net, fit, plugin_that_skips
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import grad_norm
 from torch import nn
@@ -17,6 +17,44 @@ def series(monitor, key, module=None, **options):
     logger = MemoryLogger()
     fit([monitor], module, logger=logger, **{"max_epochs": 1, **options})
     return list(logger.series(key).values())
+
+
+class TakesMore(torch.optim.SGD):
+    """An optimizer whose step has arguments of its own."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr)
+        self.told = []
+
+    def step(self, closure=None, extra=None, *, word=None):
+        self.told.append((extra, word))
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_step_with_a_closure_keeps_all_its_arguments(by_name):
+    class Module(ByHand):
+        def configure_optimizers(self):
+            return TakesMore(self.parameters(), lr=0.1)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers(use_pl_optimizer=False)
+
+            def closure():
+                optimizer.zero_grad()
+                loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+                self.manual_backward(loss)
+                return loss
+
+            if by_name:
+                optimizer.step(closure=closure, extra=5, word="x")
+            else:
+                optimizer.step(closure, 5, word="x")
+
+    logger = MemoryLogger()
+    trainer, _ = fit([lt.UpdateMonitor(1)], Module(), logger=logger, max_epochs=1)
+    assert trainer.optimizers[0].told == [(5, "x")] * 6
+    assert len(logger.series("update_ratio/total")) == 6
 
 
 class Operations(TorchDispatchMode):
