@@ -358,7 +358,11 @@ class Good(torch.nn.Module):
         return images + 1, labels
 
 
-@pytest.mark.parametrize("transform", [Module(), lambda images: images, lambda x, y: (x, y), print], ids=repr)
+@pytest.mark.parametrize(
+    "transform",
+    [Module(), lambda images: images, lambda x, y: (x, y), print],
+    ids=["module", "images alone", "no generator", "print"],
+)
 def test_what_takes_no_batch_is_refused_at_once(transform):
     text = "RandomApply: transforms must be callables of images and labels that know generator= and inplace="
     with pytest.raises(TypeError, match=text):
