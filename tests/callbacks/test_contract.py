@@ -36,16 +36,20 @@ def scheduled_transforms(total_steps=None):
 
 
 def into_unit_range(images, labels, generator=None, inplace=False):
-    return images.sigmoid(), labels
+    return images.sigmoid().expand(-1, 3, -1, -1).clone(), labels
+
+
+def into_one_channel(images, labels, generator=None, inplace=False):
+    return images.mean(1, keepdim=True), labels
 
 
 def every_transform():
-    """Each transform that takes one channel; the last is for every stage, and changes no number there."""
+    """Each transform; the last is for every stage, and changes no number there."""
     geometry = [lt.RandomCrop(4, padding=1), lt.RandomFlip(), lt.RandomResizedCrop(4, scale=(0.5, 1.0))]
-    colour = [lt.ColorJitter(0.2, 0.2), lt.RandAugment(2, 9), lt.TrivialAugment()]
+    colour = [lt.ColorJitter(0.2, 0.2, 0.2, 0.1), lt.RandAugment(2, 9), lt.TrivialAugment(), lt.PCALighting()]
     mixing = [lt.OneOf([lt.Mixup(0.5), lt.CutMix(1.0)]), lt.RandomApply(lt.LabelSmoothing(0.1))]
     erasing = [lt.Cutout(2), lt.RandomErasing(0.5)]
-    return [into_unit_range, *geometry, *colour, *erasing, *mixing, lt.Normalize([0.0], [1.0])]
+    return [into_unit_range, *geometry, *colour, *erasing, *mixing, into_one_channel, lt.Normalize([0.0], [1.0])]
 
 
 MEASURES = ["grad_norm", "grad_norm_clipped", "weight_norm", "update_norm", "update_ratio", "grad_zeros"]
