@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_tricks.callbacks.shards import as_part_of, own_part
-from lightning_tricks.functional.norms import inner_products, nonfinite_counts, tensor_norms, zero_counts
+from lightning_tricks.functional.norms import inner_products, nonfinite_counts, norms_after, tensor_norms, zero_counts
 
 Measure = Literal[
     "grad_norm",
@@ -48,27 +48,29 @@ class WeightCopies:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.parameters: list[Tensor] = []
+        self.norms = torch.zeros(0)
+        """(len(parameters),) of what the copies hold now; of parts the norms of the whole."""
 
-    @torch.no_grad()
     def take(self, parameters: Sequence[Tensor]) -> None:
-        """Copy these parameters, of each rank its part; half precision in float32, which holds the difference."""
+        """Copy these parameters, of each rank its part; half precision in float32, which holds the difference.
+
+        Args:
+            parameters: all of one optimizer, or some.
+        """
         own = [own_part(parameter) for parameter in parameters]
         if not self._fits(own):
             self.tensors = []  # freed before there are others
             self.tensors = [torch.empty_like(tensor, dtype=_wide(tensor.dtype)) for tensor in own]
         self.parameters = list(parameters)
-        if own:
-            torch._foreach_copy_(self.tensors, own)
+        self.norms = norms_after(torch._foreach_copy_, self.tensors, self.parameters)
 
     def _fits(self, own: list[Tensor]) -> bool:
         kept = [(tensor.shape, tensor.device, tensor.dtype) for tensor in self.tensors]
         return kept == [(tensor.shape, tensor.device, _wide(tensor.dtype)) for tensor in own]
 
-    @torch.no_grad()
     def subtract(self) -> None:
         """Take the parameters' values of now from the copies: what remains is the update with another sign."""
-        if self.tensors:
-            torch._foreach_sub_(self.tensors, [own_part(parameter) for parameter in self.parameters])
+        self.norms = norms_after(torch._foreach_sub_, self.tensors, self.parameters)
 
     def whole(self) -> list[Tensor]:
         """The copies, sharded as the parameters are."""
@@ -137,12 +139,18 @@ class StepSums:
         if "nonfinite" in self.wanted:
             self.sums["nonfinite"] = nonfinite_counts(gradients)
 
-    def add_before_step(self, scale: Tensor | float = 1.0) -> None:
-        """The gradients after clipping, and the weights."""
+    def add_before_step(self, scale: Tensor | float = 1.0, copies: WeightCopies | None = None) -> None:
+        """The gradients after clipping, and the weights.
+
+        Args:
+            scale: what the gradients are still multiplied by.
+            copies: of the weights, those whose update is measured.
+        """
         if "clipped" in self.wanted:
             self.sums["clipped"] = _unscaled(tensor_norms(self._gradients()), scale)
         if "weight" in self.wanted:
-            self.sums["weight"] = tensor_norms(self.parameters)
+            known = copies is not None and copies.is_of(self.parameters)
+            self.sums["weight"] = copies.norms if copies is not None and known else tensor_norms(self.parameters)
 
     def add_update(self, copies: WeightCopies, last: WeightCopies | None) -> None:
         """What the step added to the weights, and how it lies to the step before.
@@ -151,11 +159,10 @@ class StepSums:
             copies: the update.
             last: the one before, if it is known.
         """
-        updates = copies.whole()
-        self.sums["update"] = tensor_norms(updates)
+        self.sums["update"] = copies.norms
         if last is not None and last.is_of(copies.parameters):
-            self.sums["last"] = tensor_norms(last.whole())
-            self.sums["product"] = inner_products(updates, last.whole())
+            self.sums["last"] = last.norms
+            self.sums["product"] = inner_products(copies.whole(), last.whole())
 
     def _gradients(self) -> list[Tensor]:
         with torch.no_grad():
@@ -191,8 +198,8 @@ def told(tensors: Sequence[Tensor]) -> list[list[float]]:
     if not tensors:
         return []
     numbers = torch.cat([tensor.to(tensors[0].device) for tensor in tensors]).tolist()
-    ends = accumulate(len(tensor) for tensor in tensors)
-    return [numbers[end - len(tensor) : end] for tensor, end in zip(tensors, ends, strict=True)]
+    lengths = [tensor.numel() for tensor in tensors]
+    return [numbers[end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)]
 
 
 def layer_values(each: Iterable[tuple[str | None, Mapping[str, float]]], measures: Sequence[str]) -> dict[str, float]:

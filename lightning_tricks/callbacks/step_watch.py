@@ -31,7 +31,8 @@ class StepWatch:
         self.leading: set[int] = set()  # those whose next steps may be the last before one that is measured
         self.measured: list[StepSums] = []
         self._steps: dict[int, StepSums] = {}  # of the batch
-        self._names: dict[int, str] = {}
+        self._module: nn.Module | None = None
+        self._names: dict[Tensor, str] = {}  # of the module's parameters, as far as they are known
         self._turn: set[str] | None = None  # layers whose updates are measured, None for all
         self._copies: dict[int, WeightCopies] = {}
         self._last: dict[int, WeightCopies] = {}  # updates of the step before
@@ -49,7 +50,7 @@ class StepWatch:
             optimizers: all of the trainer.
             log: how many logs there were: which layers' turn it is, where memory is short.
         """
-        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._module = module
         self._turn = self.turn_of(module, log)
         if not self._handles:
             optimizers = list(optimizers)
@@ -76,7 +77,7 @@ class StepWatch:
 
     def end_batch(self) -> None:
         """Forget what belongs to the batch."""
-        self._names, self._steps, self.measured = {}, {}, []
+        self._steps, self.measured = {}, []
 
     def unhook(self) -> None:
         """Watch no more."""
@@ -91,7 +92,9 @@ class StepWatch:
             optimizer: one of those that are watched.
         """
         every = [p for group in optimizer.param_groups for p in group["params"]]
-        return [p for p in every if p.requires_grad and p.numel() > 0 and id(p) in self._names]
+        if self._module is not None and any(p not in self._names for p in every):
+            self._names = {parameter: name for name, parameter in self._module.named_parameters()}
+        return [p for p in every if p.requires_grad and p.numel() > 0 and p in self._names]
 
     def see_gradients(self, optimizer: Optimizer) -> None:
         """The gradients are fresh and not clipped; of several closures those of the first count.
@@ -122,7 +125,7 @@ class StepWatch:
         if id(optimizer) not in self._steps:
             taken = {id(p) for step in self._steps.values() for p in step.parameters}
             chosen = [p for p in self.parameters(optimizer) if id(p) not in taken]
-            layers = [layer_of(self._names[id(p)], self.layers) for p in chosen]
+            layers = [layer_of(self._names[p], self.layers) for p in chosen]
             updated = None if self._turn is None else [i for i, layer in enumerate(layers) if layer in self._turn]
             self._steps[id(optimizer)] = StepSums(chosen, layers, self.wanted, updated)
         return self._steps[id(optimizer)]
@@ -152,14 +155,14 @@ class StepWatch:
         return (args[0], then_measure, *args[2:]), kwargs
 
     def _begin(self, optimizer: Optimizer) -> None:
-        step, scale = self._step(optimizer), self._scale(optimizer)
-        if id(optimizer) in self.due:
-            if not step.has_gradients:  # an optimizer of the user's own, past Lightning's hook
-                step.add_gradients(scale)
-            step.add_before_step(scale)
+        step, scale, copies = self._step(optimizer), self._scale(optimizer), None
         if "update" in self.wanted:
             copies = self._copies.setdefault(id(optimizer), WeightCopies())
             copies.take([step.parameters[i] for i in step.updated])
+        if id(optimizer) in self.due:
+            if not step.has_gradients:  # an optimizer of the user's own, past Lightning's hook
+                step.add_gradients(scale)
+            step.add_before_step(scale, copies)
 
     def _after_step(self, optimizer: Optimizer) -> None:
         key = id(optimizer)

@@ -6,6 +6,7 @@ from typing import Any, get_args
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_tricks.callbacks.gradient_noise import GradientNoise
@@ -96,7 +97,7 @@ class UpdateMonitor(Callback):
         self.last: dict[str, float] = {}
         self._outside: dict[str, int] = {}  # logs in a row, by layer
         self._noise = GradientNoise()
-        self._on = self._manual = False
+        self._on = self._manual = self._sharded = False
         self._watch = self._new_watch()
 
     def _new_watch(self) -> StepWatch:
@@ -129,6 +130,7 @@ class UpdateMonitor(Callback):
         if not trainer.loggers or trainer.log_every_n_steps == 0:
             return
         hold_parts(pl_module)
+        self._sharded = any(isinstance(parameter, DTensor) for parameter in pl_module.parameters())
         refuse_total("UpdateMonitor", [layer_of(name, self.layers) for name, _ in pl_module.named_parameters()])
         self._watch.turn_of(pl_module, 0)
         if "noise_scale" in self.measures:
@@ -149,7 +151,8 @@ class UpdateMonitor(Callback):
             watch.leading = {id(optimizer) for optimizer in trainer.optimizers}
         if not (watch.due or watch.leading):
             return
-        hold_parts(pl_module)
+        if self._sharded:
+            hold_parts(pl_module)
         watch.begin_batch(pl_module, trainer.optimizers, step // self.every_n_steps)
         if watch.due and "noise_scale" in self.measures:
             self._noise.watch(trainer, watch.parameters(trainer.optimizers[0]))

@@ -1,5 +1,6 @@
 """Sums over the entries of each tensor of a list: norms, counts, inner products. The tensors may be in parts."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -47,35 +48,78 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
     return _over_ranks(result.square(), parts).sqrt() if parts else result
 
 
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """Norms of tensors of one device and dtype."""
+def _norms(tensors: Sequence[Tensor], before: Callable[[list[int]], object] = lambda numbers: None) -> Tensor:
+    """Norms of tensors of one device and dtype; `before` is told which of them are read next, by their numbers."""
     if not tensors[0].is_cpu or tensors[0].dtype == torch.float64:
-        return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
-    norms = _norms_in_pieces(tensors)
-    # Squares of less than 1e-38 are lost in float32: not more of a norm of 1e-10 than of its rounding.
-    least, greatest = torch.aminmax(norms)
-    if not (least >= 1e-10 and greatest < torch.inf):
-        for (i,) in torch.nonzero((norms < 1e-10) | norms.isinf()):
-            factor = 2.0**96 if norms[i] < 1 else 2.0**-96
-            norms[i] = _norms_in_pieces([tensors[int(i)].float() * factor])[0] / factor
-    return norms
+        before(list(range(len(tensors))))
+        return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64))
+    squares = _squares_in_pieces(tensors, before)
+    for i, square in enumerate(squares):
+        # Squares of less than 1e-38 are lost in float32: not more of a norm of 1e-10 than of its rounding.
+        if (square < 1e-20 and tensors[i].count_nonzero()) or square == math.inf:
+            factor = 2.0**96 if square < 1 else 2.0**-96
+            squares[i] = _squares_in_pieces([tensors[i].float() * factor])[0] / factor**2
+    return torch.tensor([math.sqrt(square) for square in squares], dtype=torch.float64)
 
 
-def _norms_in_pieces(tensors: list[Tensor]) -> Tensor:
-    pieces = [_pieces(tensor) for tensor in tensors]
-    flat = [piece for group in pieces for piece in group]
-    norms = torch.stack(torch._foreach_norm(flat, 2, dtype=torch.float32)).double()
-    if len(flat) == len(tensors):
-        return norms
-    owners = torch.repeat_interleave(torch.tensor([len(group) for group in pieces]))
-    return torch.zeros(len(tensors), dtype=torch.float64).index_add_(0, owners, norms.square()).sqrt_()
+def _squares_in_pieces(
+    tensors: Sequence[Tensor], before: Callable[[list[int]], object] = lambda numbers: None
+) -> list[float]:
+    """Squared norms of tensors on a CPU, where a number costs less than an operation on one."""
+    short = [i for i, tensor in enumerate(tensors) if tensor.numel() <= _PIECE]
+    long = [i for i, tensor in enumerate(tensors) if tensor.numel() > _PIECE]
+    if short:
+        before(short)
+    rests, rows = [tensors[i] for i in short], list[Tensor]()
+    for i in long:
+        before([i])
+        tensor = tensors[i]
+        as_stored = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        flat = tensor.permute(as_stored).reshape(-1)  # a copy only of what has gaps
+        rows.append(torch.linalg.vector_norm(flat.unfold(0, _PIECE, _PIECE), dim=1, dtype=torch.float32))
+        rests.append(flat[len(rows[-1]) * _PIECE :])
+    owners = short + long + [i for i, row in zip(long, rows, strict=True) for _ in range(len(row))]
+    norms = torch.cat([torch.stack(torch._foreach_norm(rests, 2, dtype=torch.float32)), *rows]).tolist()
+    squares = [0.0] * len(tensors)
+    for owner, norm in zip(owners, norms, strict=True):
+        squares[owner] += norm * norm
+    return squares
 
 
-def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    if tensor.numel() <= _PIECE:
-        return (tensor,)
-    as_stored = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return torch.split(tensor.permute(as_stored).reshape(-1), _PIECE)  # a copy only of what has gaps
+@torch.no_grad()
+def norms_after(
+    change: Callable[[list[Tensor], list[Tensor]], object], parts: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> Tensor:
+    """Change tensors by others, and give the norms that they then have.
+
+        change(parts, tensors);  norms[i] = norm(parts[i])
+
+    On a CPU large ones one by one, so that norms are taken of what is still in its cache: to read and write the memory
+    is what all of this costs.
+
+    Args:
+        change: as `torch._foreach_copy_` and `torch._foreach_sub_`, tensor by tensor and in place.
+        parts: what is changed; of DTensors this rank's part.
+        tensors: as many, of the same shapes; where they are DTensors the norms are those of the whole ones.
+    Returns:
+        (len(parts),) float64, as of `tensor_norms`.
+    Example:
+        >>> update = [torch.tensor([1.0, 1.0])]
+        >>> norms_after(torch._foreach_sub_, update, [torch.tensor([4.0, 5.0])]), update
+        (tensor([5.], dtype=torch.float64), [tensor([-3., -4.])])
+    """
+    theirs, sharded = _local(tensors)
+    if len({(part.device, part.dtype) for part in parts}) == 1:
+
+        def change_these(numbers: list[int]) -> None:
+            change([parts[i] for i in numbers], [theirs[i] for i in numbers])
+
+        norms = _norms([_real(part) for part in parts], change_these)
+    else:
+        if parts:
+            change(list(parts), list(theirs))
+        norms = tensor_norms(parts)
+    return _over_ranks(norms.square(), sharded).sqrt() if sharded else norms
 
 
 @torch.no_grad()

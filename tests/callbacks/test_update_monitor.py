@@ -313,10 +313,20 @@ def test_lightning_told_to_log_nothing():
 
 
 def test_one_transfer_and_one_row_a_logged_step(monkeypatch):
+    class Double(Net):
+        """In double precision a CPU takes norms as a GPU takes all: without looking at them."""
+
+        def __init__(self):
+            super().__init__()
+            self.double()
+
+        def forward(self, images):
+            return super().forward(images.double())
+
     transfers, original = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: transfers.append(1) or original(self))
     logger = MemoryLogger()
-    fit([lt.UpdateMonitor(3)], logger=logger, max_epochs=1)
+    fit([lt.UpdateMonitor(3)], Double(), logger=logger, max_epochs=1)
     assert len(transfers) == 2
     assert sum("grad_norm/total" in row for _, row in logger.rows) == 2
     assert all("train/loss" not in row for _, row in logger.rows if "grad_norm/total" in row)

@@ -15,6 +15,7 @@ from lightning_tricks.functional.norms import (
     group_norms,
     inner_products,
     nonfinite_counts,
+    norms_after,
     tensor_norms,
     update_norms,
     zero_counts,
@@ -149,6 +150,34 @@ def test_parameters_that_require_a_gradient_are_measured_without_a_graph():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_non_finite_entry_shows(value):
     assert not tensor_norms([torch.tensor([1.0, value])]).isfinite().any()
+
+
+@pytest.mark.parametrize("change", [torch._foreach_copy_, torch._foreach_sub_], ids=["copied", "subtracted"])
+@pytest.mark.parametrize("kinds", [FLOATS[2:3], FLOATS[3:], COMPLEX[:1], FLOATS + COMPLEX], ids=str)
+def test_norms_after_a_change_are_those_of_what_is_there_then(change, kinds):
+    """Short ones and long ones, views with gaps and in another order, as they come."""
+    shapes = [(3,), (2**16 + 5,), (300, 700), (), (2**16,), (5, 0), (2, 2**16)]
+    before = [torch.randn(shape, dtype=kinds[i % len(kinds)]) for i, shape in enumerate(shapes)]
+    tensors = [torch.randn(shape, dtype=kinds[i % len(kinds)]) for i, shape in enumerate(shapes)]
+    before += [torch.randn(400, 300).to(kinds[0]).t(), torch.randn(400, 600).to(kinds[0])[:, ::2]]
+    tensors += [torch.randn(300, 400).to(kinds[0]), torch.randn(600, 400).to(kinds[0]).t()[:, ::2]]
+    copied = change is torch._foreach_copy_
+    expected = [other.clone() if copied else one - other for one, other in zip(before, tensors, strict=True)]
+    norms = norms_after(change, before, tensors)
+    assert all(torch.equal(one, other) for one, other in zip(before, expected, strict=True))
+    assert norms.tolist() == pytest.approx(tensor_norms(expected).tolist(), rel=1e-6)
+    assert norms[1].item() == pytest.approx(norm_by_loop(expected[1]), rel=1e-5)
+
+
+def test_norms_after_copying_half_precision_into_single_are_exact():
+    weights, copies = [300 * torch.randn(70_000).half()], [torch.empty(70_000)]
+    expected = weights[0].double().norm().item()
+    assert norms_after(torch._foreach_copy_, copies, weights).item() == pytest.approx(expected, rel=1e-6)
+    assert norms_after(torch._foreach_sub_, copies, weights).item() == 0
+
+
+def test_norms_after_a_change_of_nothing():
+    assert norms_after(torch._foreach_copy_, [], []).shape == (0,)
 
 
 @settings(deadline=None, max_examples=50)
