@@ -79,7 +79,7 @@ def test_entries_whose_squares_do_not_fit_float32_are_measured(value):
     norms = tensor_norms(tensors).tolist()
     assert norms[1] == 5
     assert norms[0] == pytest.approx(expected[0], rel=1e-6)
-    assert norms[2] == pytest.approx(expected[1], rel=1e-4)  # all entries equal is the worst case
+    assert norms[2] == pytest.approx(expected[1], rel=1e-5)  # all entries equal is the worst case
 
 
 def test_infinity_among_huge_entries_stays_infinite():
@@ -93,7 +93,7 @@ def test_a_long_tensor_is_summed_exactly_enough(shape, swapped):
     tensor = torch.full(shape, 0.1)
     tensor = tensor.t() if swapped and tensor.dim() == 2 else tensor
     expected = tensor[(0,) * tensor.dim()].item() * math.sqrt(tensor.numel())
-    assert tensor_norms([tensor, torch.ones(4)]).tolist() == pytest.approx([expected, 2], rel=2e-5)
+    assert tensor_norms([tensor, torch.ones(4)]).tolist() == pytest.approx([expected, 2], rel=5e-6)
 
 
 @every_dtype
