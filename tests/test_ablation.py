@@ -10,6 +10,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from base64 import b64encode
 from functools import partial
 from pathlib import Path
 from threading import Lock
@@ -32,8 +34,9 @@ from lightning_tricks.ablations.designs import make_design
 from lightning_tricks.ablations.effects import find_effects
 from lightning_tricks.ablations.fingerprints import fingerprint
 from lightning_tricks.ablations.pictures import forest
-from lightning_tricks.ablations.trials import Result, describe_trick
-from lightning_tricks.reports import report
+from lightning_tricks.ablations.training import rehearse, run_trial
+from lightning_tricks.ablations.trials import Plan, Result, describe_trick
+from lightning_tricks.reports.build import write_page
 
 TESTS = Path(__file__).parent
 STUDY = '''
@@ -109,7 +112,7 @@ def study(tmp_path, monkeypatch):
     """The file that a user would write, in the working directory; what takes long and is tested elsewhere is off."""
     (tmp_path / "study.py").write_text(STUDY)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("lightning_tricks.ablations.run.report", lambda *given, **options: None)
+    monkeypatch.setattr("lightning_tricks.ablations.run.write_page", lambda *given, **options: None)
     monkeypatch.setattr("lightning_tricks.ablations.training.gc", SimpleNamespace(collect=lambda: None))
     yield importlib.import_module("study")
     del sys.modules["study"]
@@ -225,6 +228,14 @@ def test_a_training_that_diverged_leaves_the_effect_unknown():
     effect = find_effects(make_design("one-at-a-time", ["a"]), results(table), "max")["a"]
     assert math.isnan(effect.difference)
     assert (effect.interval, effect.helps) == ((-math.inf, math.inf), None)
+
+
+def test_seeds_that_change_nothing_leave_the_effect_unknown():
+    """A build that ignores the seed repeats one training: its differences agree without saying anything."""
+    table = {"baseline": [1.0, 1.0, 1.0], "a": [1.1, 1.1, 1.1], "b": [1.1, 1.1, 1.2]}
+    found = find_effects(make_design("one-at-a-time", ["a", "b"]), results(table), "max")
+    assert (found["a"].interval, found["a"].helps) == ((-math.inf, math.inf), None)
+    assert math.isfinite(found["b"].interval[1])
 
 
 def test_seeds_without_their_pair_do_not_count():
@@ -367,7 +378,7 @@ def test_what_cannot_be_described_is_refused_at_once(arguments):
 
 
 def test_a_planted_trick_is_found_and_one_that_changes_only_the_draws_is_not(study, tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_tricks.ablations.run.report", report)
+    monkeypatch.setattr("lightning_tricks.ablations.run.write_page", write_page)
     ablation = ablate(study.build, study.tricks, **ONE, folder=tmp_path / "out")
     assert ablation.effects["helps"].differences == pytest.approx([1.0] * 5, abs=1e-5)
     low, high = ablation.effects["draws"].interval
@@ -378,7 +389,10 @@ def test_a_planted_trick_is_found_and_one_that_changes_only_the_draws_is_not(stu
     assert "| helps | +1 | +1 to +1 | helps |" in text
     assert "| draws | " in text
     assert imread(tmp_path / "out" / "forest.png").std() > 0
-    assert "Ablation: out" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Ablation: out" in page
+    assert b64encode((tmp_path / "out" / "forest.png").read_bytes()).decode() in page
+    assert "Helps: helps; no effect seen: draws." in page
     for name, of in ablation.results.items():
         for seed, run in of.items():
             folder = tmp_path / "out" / "trials" / f"{name}-seed{seed}"
@@ -396,11 +410,13 @@ def test_a_second_call_trains_nothing_and_more_seeds_train_only_theirs(study):
         return study.build(seed, callbacks, logger)
 
     first = ablate(build, study.tricks, **ONE, seeds=2)
-    assert seen == [0, 0, 0, 1, 1, 1]
+    rehearsed = [0, 0, 0]
+    assert seen == [*rehearsed, 0, 0, 0, 1, 1, 1]
     assert str(ablate(build, study.tricks, **ONE, seeds=2)) == str(first)
-    assert len(seen) == 6
+    assert len(seen) == 9
     more = ablate(build, study.tricks, **ONE, seeds=3)
-    assert seen[6:] == [2, 2, 2]
+    rehearsed = [2, 2, 2]
+    assert seen[9:] == [*rehearsed, 2, 2, 2]
     assert all(more.results[name][seed] == run for name, of in first.results.items() for seed, run in of.items())
 
 
@@ -459,8 +475,8 @@ def test_callbacks_are_copied_for_each_trial_and_functions_make_new_ones(study):
         return study.build(seed, callbacks, logger)
 
     ablate(build, {"given": given, "made": factory}, **SCORE, seeds=1)
-    assert len(used) == 4  # both in `all`, one in each of the others
-    assert len({id(callback) for callback in used}) == 4
+    assert len(used) == 8  # both in `all`, one in each of the others, rehearsed and trained
+    assert len({id(callback) for callback in used}) == 8
     assert all(callback is not given for callback in used)
     assert any(callback is one for callback in used for one in made)
 
@@ -501,6 +517,22 @@ def test_two_processes_give_the_table_of_one_also_when_one_of_them_was_killed(st
     assert not two.unfinished
 
 
+@pytest.mark.slow
+def test_the_processes_of_a_killed_call_end_with_it(study):
+    program = (
+        "import study\nfrom lightning_tricks.ablations import ablate\nif __name__ == '__main__':\n"
+        f"    ablate(study.build, study.tricks, **{ONE!r}, seeds=200, folder='killed', processes=2)"
+    )
+    Path("main.py").write_text(program)
+    command = [sys.executable, "main.py"]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE) as process:
+        while process.poll() is None and not any(Path().rglob("result.json")):
+            time.sleep(0.05)
+        process.kill()
+        process.communicate(timeout=120)  # the pipe ends with the last process that holds it
+    assert 0 < len(list(Path("killed").rglob("result.json"))) < 600
+
+
 def test_a_trial_that_fails_is_named_and_the_others_are_kept(study):
     Path("fail").touch()
     with pytest.raises(RuntimeError, match=r"1 of 9 trials failed: helps-seed1 \(RuntimeError: the disk is full\)"):
@@ -536,6 +568,74 @@ def test_the_peak_memory_of_a_trick_is_seen(study, monkeypatch):
 
     ablation = ablate(study.build, {"hoard": Hoard()}, **SCORE, seeds=3)
     assert 0.9 < ablation.effects["hoard"].memory / 2**28 < 1.2
+
+
+EMAS = {"one": lt.EMA(0.5), "other": lt.EMA(0.9), "draws": Callback()}
+RIVALS = {"lr": lt.LRSchedule(lt.Cosine()), "ensemble": lt.SnapshotEnsemble(2)}
+
+
+@pytest.mark.parametrize(
+    ("tricks", "words"),
+    [
+        (EMAS, r"2 of 5 variants .* all, all-but-draws \(ValueError: EMA: callbacks must be the only one"),
+        (RIVALS, r"1 of 4 variants .* all \(ValueError: LRSchedule: callbacks must be the only one"),
+        (
+            {"draws": Callback(), "gamma": lt.ParamSchedule("gamma", lt.Cosine())},
+            r"2 of 4 variants .* all, all-but-draws \(ValueError: ParamSchedule: name must be",
+        ),
+        (
+            {"draws": Callback(), "long": lt.LRSchedule(lt.Warmup("3ep", lt.Cosine()))},
+            r"2 of 4 variants .* all, all-but-draws \(ValueError: Warmup: duration must be at most the run's 2",
+        ),
+    ],
+    ids=["in setup", "in setup of one of them", "where fit starts", "where training starts"],
+)
+def test_tricks_that_cannot_be_trained_are_refused_before_anything_is(study, tricks, words):
+    random = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match=f"^ablate: {words}.*Nothing was trained"):
+        ablate(study.build, tricks, **SCORE)
+    assert {path.name for path in Path("ablation").rglob("*") if path.is_file()} == {"error.txt"}
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.slow
+def test_other_processes_refuse_before_anything_is_trained_too(study):
+    with pytest.raises(RuntimeError, match=r"^ablate: 2 of 5 variants cannot be trained: all, all-but-draws"):
+        ablate(study.build, EMAS, **SCORE, processes=2)
+    assert not list(Path("ablation").rglob("metrics.csv"))
+
+
+def test_a_module_that_cannot_be_evaluated_is_refused_before_it_is_trained(study):
+    def build(seed, callbacks, logger):
+        trainer, module, *data = study.build(seed, callbacks, logger)
+        module.test_step = super(study.Planted, module).test_step
+        return trainer, module, *data
+
+    with pytest.raises(RuntimeError, match=r"2 of 2 variants .*baseline, EMA .*No `test_step\(\)` method"):
+        ablate(build, {"EMA": lt.EMA()}, **WEIGHT)
+    assert not list(Path("ablation").rglob("metrics.csv"))
+
+
+def test_a_rehearsal_leaves_nothing_behind(study):
+    seen = []
+
+    class Watch(study.Callback):
+        def on_train_batch_start(self, *given):
+            seen.append("train")
+
+        def on_validation_batch_start(self, *given):
+            seen.append("validate")
+
+    tricks = {"watch": Watch(), "ensemble": lt.SnapshotEnsemble(2), "EMA": lt.EMA()}
+    design = make_design("leave-one-out", list(tricks))
+    plan = Plan(study.build, "", tricks, design, (0,), "val/score", "validate", Path("ablation"), None)
+    random, files = torch.get_rng_state(), set(Path().rglob("*"))
+    assert rehearse(plan, "all-seed0") is None
+    assert seen == []
+    assert set(Path().rglob("*")) == files
+    assert torch.equal(torch.get_rng_state(), random)
+    assert run_trial(plan, "all-seed0") is None
+    assert "train" in seen
 
 
 @pytest.mark.slow
@@ -617,7 +717,8 @@ def forked(study, seed, callbacks, logger):
     [
         (without("callbacks"), r"build must be one that gives its callbacks to the Trainer"),
         (without("logger"), r"build must be one that gives its logger to the Trainer"),
-        (lambda study, *given: study.build(*given)[0], r"build must be a function that returns \(trainer, module"),
+        (lambda study, *given: study.build(*given)[0], r"build must be a function that returns .*, got 'Trainer'. End"),
+        (lambda study, *given: study.build(*given)[1::-1], r"returns .*, got \('Planted', 'Trainer'\). End it with"),
         (lambda study, *given: study.build(*given)[:3], r"build must be one that returns 2 loaders or more, got 1"),
         (forked, r"strategy must be one that starts no process by spawn or fork, got 'DDPStrategy'"),
     ],
@@ -636,6 +737,20 @@ def test_a_misspelt_metric_stops_after_the_first_trial_and_the_right_one_trains_
     time = done.stat().st_mtime_ns
     assert len(ablate(study.build, study.tricks, **SCORE, seeds=2).results["all"]) == 2
     assert done.stat().st_mtime_ns == time
+
+
+def test_a_trial_that_alone_lacks_the_metric_is_named_and_its_pair_does_not_count(study, monkeypatch):
+    def validation_step(module, batch, batch_idx):
+        module.log("val/other" if module.bonus and module.number == 1 else "val/score", module.bonus)
+
+    monkeypatch.setattr(study.Planted, "validation_step", validation_step)
+    words = "1 of 8 trials failed: all-seed1 .val/score is not among what it logged, val/other; delete its folder"
+    for _ in range(2):  # and what is read again is what was written
+        with pytest.raises(RuntimeError, match=words):
+            ablate(study.build, {"helps": study.Help()}, **SCORE, seeds=4)
+        text = Path("ablation/table.md").read_text()
+        assert "| helps | +1 |" in text
+        assert "Pairs of trainings: 3." in text
 
 
 @pytest.mark.slow
@@ -682,6 +797,10 @@ def test_a_score_that_is_not_finite_is_in_the_table_and_its_effect_unknown(study
         ({"evaluate": "predict"}, "evaluate must be 'validate' or 'test', got 'predict'"),
         ({"seeds": 0}, "seeds must be a whole number of at least 1"),
         ({"seeds": [1, 1]}, "seeds must be one or more, all different"),
+        ({"seeds": [2**32]}, "seeds must be at most 4294967295, got 4294967296"),
+        ({"project": 5}, "project must be a text, or None, got 5"),
+        ({"folder": None}, "folder must be a path, got None"),
+        ({"tricks": {"none": []}}, "tricks must be callbacks, lists of them or functions that make them, got \\[\\]"),
         ({"design": "half"}, "design must be 'one-at-a-time', 'leave-one-out' or 'full', got 'half'"),
         (
             {"design": "full", "tricks": {f"t{n}": lt.EMA() for n in range(7)}},

@@ -29,8 +29,10 @@ from offline_wandb import runs as offline_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lightning_tricks as lt
+from lightning_tricks.ablations import Ablation, Effect
+from lightning_tricks.ablations.pictures import answer, forest
 from lightning_tricks.reports import report
-from lightning_tricks.reports.build import file_name, learning_curves
+from lightning_tricks.reports.build import _learning_rates, as_png, file_name, learning_curves, write_page
 from lightning_tricks.reports.groups import flatten, group_runs
 from lightning_tricks.reports.pictures import Curve, Panel, curves, layers
 from lightning_tricks.reports.runs import Run, read_runs
@@ -167,6 +169,22 @@ def test_a_damaged_line_in_the_middle_is_left_out_and_said(bad, tmp_path):
     (run,) = read_runs("report", tmp_path)
     assert run.series == {"accuracy": {0: 5, 2: 7}, "loss": {0: 4, 2: 6}}
     assert run.notes == (f"{tmp_path / 'metrics.csv'}: 1 damaged line(s) are left out: 3.",)
+
+
+def test_thousands_of_rows_with_gaps_are_read_as_a_loop_reads_them(tmp_path):
+    rows, expected = ["step,loss,epoch,accuracy,note,loss"], {}
+    for row in range(2500):
+        step, loss, accuracy = (row * 7) % 2000, row / 8 if row % 3 else "", row / 4 if row % 50 == 0 else ""
+        rows.append("damaged" if row == 1999 else f"{step},-1,0,{accuracy},{'word' if row == 5 else ''},{loss}")
+        for key, value in (("loss", loss), ("accuracy", accuracy)):
+            if value != "" and row != 1999:
+                expected.setdefault(key, {})[step] = value
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    (run,) = read_runs("report", tmp_path)
+    assert run.series == expected
+    assert all(list(series) == sorted(series) for series in run.series.values())
+    assert [note.rpartition(": ")[2] for note in run.notes[:1]] == ["2001."]
+    assert "note is left out, since it holds no plain numbers." in run.notes[1]
 
 
 def test_settings_with_a_tag_of_the_users_own_are_read_and_said(tmp_path):
@@ -546,6 +564,83 @@ def test_tricks_settings_events_and_what_is_missing_are_in_words(page):
         assert words in text
 
 
+def test_keys_that_differ_in_case_or_in_a_mark_have_pictures_of_their_own(tmp_path):
+    keys = ["Loss", "loss", "LOSS", "A/B", "a b"]
+    rows = [{"step": step, **dict.fromkeys(keys, step)} for step in range(3)]
+    report(write_log(tmp_path / "run", rows), tmp_path / "report.html")
+    names = [path.name.casefold() for path in (tmp_path / "report_pictures").iterdir()]
+    assert len(set(names)) == len(keys)
+    assert {"loss.png", "a-b.png"} <= set(names)
+
+
+def test_what_a_picture_would_show_nothing_of_is_said_in_words(tmp_path):
+    rows = [
+        {"step": step, "grad_norm/a": 1.0 + step, "grad_norm_clipped/a": 1.0 + step, "grad_nonfinite/total": 0}
+        | {"activation_zeros/a": 0.0, "activation_zeros/total": 0.0}
+        for step in range(3)
+    ]
+    page = report(write_log(tmp_path / "run", rows), tmp_path / "report.html")
+    text = text_of(page)
+    assert "Gradient norm, after clipping: the same as before, nothing was clipped." in text
+    assert "Gradients that are not finite: 0 at every layer and step." in text
+    assert "Activations: share of zeros: 0 at every layer and step." in text
+    assert "Activations: nothing was logged" not in text
+    assert [path.name for path in page.with_name("report_pictures").iterdir()] == ["grad_norm-layers-run.png"]
+    clipped = [
+        row | {"grad_norm_clipped/a": 1.0, "grad_nonfinite/total": math.nan, "activation_zeros/a": 0.5} for row in rows
+    ]
+    page = report(write_log(tmp_path / "clipped", clipped), tmp_path / "clipped.html")
+    assert "every layer and step" not in text_of(page)
+    assert "nothing was clipped" not in text_of(page)
+    assert page.with_name("clipped_pictures").joinpath("grad_norm_clipped-layers-clipped.png").exists()
+
+
+def test_a_curve_that_one_of_several_groups_has_is_named(tmp_path):
+    rows = [{"step": step, "lr-SGD": 0.1, "val/loss": 1.0} for step in range(3)]
+    others = [{"step": row["step"], "val/loss": 1.0} for row in rows]
+    logs = {"ours": write_log(tmp_path / "a", rows), "theirs": write_log(tmp_path / "b", others)}
+    (picture,) = _learning_rates(group_runs("report", read_runs("report", logs), None))
+    assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == ["ours"]
+    (picture,) = _learning_rates(group_runs("report", read_runs("report", tmp_path / "a"), None))
+    assert not picture.figure.legends  # the only one there is
+
+
+def test_tricks_that_some_groups_have_are_named_and_their_settings_folded(tmp_path):
+    monitor = {"UpdateMonitor": {"every_n_steps": 5}}
+    for name, tricks in (("a", {}), ("b", {"EMA": {"decay": 0.9}}), ("c", {"UpdateMonitor": {"every_n_steps": 9}})):
+        write_log(tmp_path / name, [{"step": 0, "loss": 1.0}], tricks=monitor | tricks, name=name)
+    text = re.sub(r"\s+", " ", text_of(report(tmp_path, tmp_path / "report.html", group="name")))
+    shown, folded = text.partition("By what the groups differ:")[2].split("Tricks and their settings")
+    assert shown.strip() == "a b c tricks that not all have none EMA none name a b c UpdateMonitor.every_n_steps 5 5 9"
+    assert "EMA.decay - 0.9 -" in folded
+
+
+def test_the_page_of_an_ablation_begins_with_its_answer(ablation_page):
+    page, png = ablation_page
+    source = page.read_text()
+    first = source.index("<section")
+    assert source.index(base64.b64encode(png).decode()) > first
+    text = re.sub(r"\s+", " ", text_of(page))
+    answered = text[text.index("Harms: mixing; helps: EMA; unknown: luck.") : text.index("Last logged value")]
+    assert "EMA +0.021 +0.013 to +0.034 helps +5.0% +1.0 MiB mixing -0.050 -0.080 to -0.013 harms" in answered
+    assert "luck +0.001 unknown unknown" in answered
+    assert "with this trick alone, less the baseline without any" in answered
+
+
+@pytest.fixture(scope="module")
+def ablation_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    logs = {name: write_log(folder / name, [{"step": step, "val/accuracy": 0.9} for step in range(3)]) for name in "ab"}
+    effects = {
+        "EMA": Effect((0.015, 0.0213, 0.027), (0.0128, 0.0336), time=0.05, memory=2.0**20, helps=True),
+        "mixing": Effect((-0.06, -0.04), (-0.0795, -0.0131), time=0.0, memory=None, helps=False),
+        "luck": Effect((0.001,), (-math.inf, math.inf), time=0.0, memory=None, helps=None),
+    }
+    ablation = Ablation("val/accuracy", "max", "one-at-a-time", results={}, effects=effects)
+    png = as_png(forest(ablation))
+    return write_page(logs, folder / "report.html", title="Ablation", first=[answer(ablation, png)]), png
+
+
 def test_a_run_with_little_in_it_still_has_a_report(tmp_path):
     write_log(tmp_path / "run", [{"step": 0, "val/score": 0.5}])
     text = text_of(report(tmp_path / "run", tmp_path / "out" / "little.html"))
@@ -639,9 +734,10 @@ BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 MEASURE = """
 <script>window.addEventListener("load", () => {
   const wide = [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1
-    && !e.closest(".table, .wide")).map(e => e.outerHTML.slice(0, 80));
+    && !e.closest(".table")).map(e => e.outerHTML.slice(0, 80));
   const found = {width: innerWidth, scroll: document.documentElement.scrollWidth, wide: wide,
     pictures: [...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth, i.alt]),
+    tops: [...document.images].map(i => i.getBoundingClientRect().top),
     asked: performance.getEntriesByType("resource").map(e => e.name).filter(n => !n.startsWith("data:")),
     text: document.body.innerText, ink: getComputedStyle(document.body).color,
     paper: getComputedStyle(document.body).backgroundColor};
@@ -689,6 +785,20 @@ def test_the_page_reads_well_in_a_browser(page, width, dark):
         assert heading in seen["text"]
     contrast = brightness(seen["paper"]) - brightness(seen["ink"])
     assert (contrast < -150) if dark else (contrast > 150)
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_answer_of_an_ablation_is_on_the_first_screen_of_a_browser(ablation_page, width):
+    seen, complaints = browse(ablation_page[0], width)
+    assert complaints == []
+    assert seen["scroll"] <= width
+    assert seen["wide"] == []
+    complete, natural, shown, alt = seen["pictures"][0]
+    assert (complete, natural > 400, shown > 300) == (True, True, True)
+    assert "paired differences" in alt
+    assert "Harms: mixing; helps: EMA; unknown: luck." in seen["text"]
+    assert seen["tops"][0] < 500
 
 
 @needs_browser

@@ -17,6 +17,7 @@ def logger(tmp_path):
     wandb.finish()
 
 
+# Nobody has: the settings of every trick in the run's configuration, and one row a step for all of them.
 def test_rows_and_settings_are_those_of_the_callbacks(logger, tmp_path):
     memory = MemoryLogger()
     fit(CALLBACKS["all"](), logger=[logger, memory], max_epochs=2)
@@ -89,8 +90,8 @@ def test_tensorboard_gets_no_metric_of_its_own(tmp_path):
     assert logger.hparams["tricks"] == {"EMA": {"decay": 0.5, "start": 0, "every_n_steps": 1}}
 
 
+# wandb: #5263; a run that is asked for, or logged to, before `fit` loses what comes after.
 def test_a_run_that_was_used_before_fit_has_all_rows_and_settings(logger, tmp_path):
-    """wandb #5263: asking for the run, or logging to it, before `fit` must lose nothing of what the callbacks give."""
     logger.experiment.config["chosen"] = "before"
     logger.log_metrics({"before": 1.0}, step=0)
     memory = MemoryLogger()

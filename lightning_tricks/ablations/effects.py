@@ -10,6 +10,8 @@ from lightning_tricks.ablations.designs import BASELINE, MEANING, Design, Kind
 from lightning_tricks.ablations.trials import Result
 from lightning_tricks.functional.bootstrap import LEAST, bootstrap_interval
 
+UNKNOWN = (-math.inf, math.inf)
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -17,7 +19,7 @@ class Effect:
 
     Args:
         differences: a seed each, of the score with it less the score without it.
-        interval: ends of the 95 % interval of their mean; infinite with fewer than 3 seeds.
+        interval: ends of the 95 % interval of their mean; infinite with fewer than 3 seeds and where it is not known.
         time: wall-clock time of `fit` that it adds, as a share of the baseline's (median over seeds).
         memory: peak memory that it adds (bytes, median over seeds); None where the system does not tell.
         helps: whether the interval says so: True, False where it harms, None where it holds 0.
@@ -65,11 +67,11 @@ class Ablation:
     failed: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "\n".join([*self._scores(), "", *self._effects(), "", *self._notes()]) + "\n"
+        tables = [line for rows in (self._scores(), effect_rows(self)) for line in (*_markdown(list(rows)), "")]
+        return "\n".join([*tables, *notes(self)]) + "\n"
 
-    def _scores(self) -> Iterator[str]:
-        yield f"| {self.metric} | mean | standard deviation | each seed | optimizer steps | seconds |"
-        yield "|---|---|---|---|---|---|"
+    def _scores(self) -> Iterator[list[str]]:
+        yield [self.metric, "mean", "standard deviation", "each seed", "optimizer steps", "seconds"]
         for name, runs in self.results.items():
             if runs:
                 scores = [run.score for run in runs.values()]
@@ -78,35 +80,65 @@ class Ablation:
                 steps = sorted({run.steps for run in runs.values()})
                 counts = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
                 seconds = median(run.seconds for run in runs.values())
-                yield f"| {name} | {_mean(scores):.4g} | {spread} | {each} | {counts} | {seconds:.3g} |"
+                yield [name, f"{_mean(scores):.4g}", spread, each, counts, f"{seconds:.3g}"]
 
-    def _effects(self) -> Iterator[str]:
-        yield "| trick | paired difference | 95 % interval | what it says | time | peak memory |"
-        yield "|---|---|---|---|---|---|"
-        for name, effect in self.effects.items():
-            low, high = effect.interval
-            known = math.isfinite(high)
-            word = {True: "helps", False: "harms", None: "no effect seen" if known else "unknown"}[effect.helps]
-            memory = "-" if effect.memory is None else f"{effect.memory / 2**20:+.1f} MiB"
-            costs = f"{effect.time:+.1%} | {memory}"
-            interval = f"{low:+.3g} to {high:+.3g}" if known else "unknown"
-            yield f"| {name} | {effect.difference:+.3g} | {interval} | {word} | {costs} |"
 
-    def _notes(self) -> Iterator[str]:
-        better = {"min": "Lower", "max": "Higher"}[self.mode]
-        yield f"Difference: {self.metric} {MEANING[self.design]}, at the same seed. {better} is better."
-        yield "Interval: smoothed bootstrap-t over the seeds. Of twenty tricks without effect, one seems to have one."
-        yield "Time and memory: the same differences, medians over the seeds, time as a share of the baseline's."
-        pairs = {len(effect.differences) for effect in self.effects.values()}
-        if pairs:
-            yield f"Pairs of trainings: {' to '.join(str(count) for count in sorted({min(pairs), max(pairs)}))}."
-        if any(math.isinf(effect.interval[1]) for effect in self.effects.values()):
-            yield f"An interval is unknown with fewer than {LEAST} pairs, and where a training diverged."
-        if self.unfinished:
-            count = len(self.unfinished)
-            yield f"{count} trial{'s are' if count > 1 else ' is'} unfinished: {', '.join(self.unfinished)}."
-        for trial, error in self.failed.items():
-            yield f"{trial} failed: {error}"
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *body]
+
+
+def effect_rows(ablation: Ablation) -> Iterator[list[str]]:
+    """The table of effects, its head first."""
+    yield ["trick", "paired difference", "95 % interval", "what it says", "time", "peak memory"]
+    for name, effect in ablation.effects.items():
+        low, high = effect.interval
+        interval = f"{signed(low, effect)} to {signed(high, effect)}" if math.isfinite(high) else "unknown"
+        memory = "-" if effect.memory is None else f"{effect.memory / 2**20:+.1f} MiB"
+        yield [name, signed(effect.difference, effect), interval, verdict(effect), f"{effect.time:+.1%}", memory]
+
+
+def verdict(effect: Effect) -> str:
+    """What its interval says of a trick."""
+    neither = "no effect seen" if math.isfinite(effect.interval[1]) else "unknown"
+    return {True: "helps", False: "harms", None: neither}[effect.helps]
+
+
+def signed(value: float, effect: Effect) -> str:
+    """A difference with its sign, no more exact than the second digit of its interval's width.
+
+    Args:
+        value: on the scale of the effect's differences.
+        effect: which has the interval.
+    Example:
+        >>> effect = Effect((0.0,), (-0.00305, 0.0031), time=0.0, memory=None, helps=None)
+        >>> signed(0.000333, effect), signed(-0.00305, effect)
+        ('+0.0003', '-0.0031')
+    """
+    width = effect.interval[1] - effect.interval[0]
+    decimals = 1 - math.floor(math.log10(width)) if 0 < width < math.inf else -1
+    if not 0 <= decimals <= 6:
+        return f"{value:+.3g}"
+    return f"{round(value, decimals) + 0.0:+.{decimals}f}"  # without -0
+
+
+def notes(ablation: Ablation) -> Iterator[str]:
+    """What the tables mean and what is missing of them, in sentences."""
+    better = {"min": "Lower", "max": "Higher"}[ablation.mode]
+    yield f"Difference: {ablation.metric} {MEANING[ablation.design]}, at the same seed. {better} is better."
+    yield "Interval: smoothed bootstrap-t over the seeds. Of twenty tricks without effect, one seems to have one."
+    yield "Time and memory: the same differences, medians over the seeds, time as a share of the baseline's."
+    pairs = {len(effect.differences) for effect in ablation.effects.values()}
+    if pairs:
+        yield f"Pairs of trainings: {' to '.join(str(count) for count in sorted({min(pairs), max(pairs)}))}."
+    if any(math.isinf(effect.interval[1]) for effect in ablation.effects.values()):
+        why = f"with fewer than {LEAST} pairs, where a training diverged, and where all seeds came to the same"
+        yield f"An interval is unknown {why}."
+    if ablation.unfinished:
+        count = len(ablation.unfinished)
+        yield f"{count} trial{'s are' if count > 1 else ' is'} unfinished: {', '.join(ablation.unfinished)}."
+    for trial, error in ablation.failed.items():
+        yield f"{trial} failed: {error}"
 
 
 def find_effects(
@@ -139,7 +171,8 @@ def _effect(weights: Mapping[str, float], seeds: list[dict[str, Result]], mode: 
         return [sum(weight * quantity(runs[variant]) for variant, weight in weights.items()) for runs in seeds]
 
     scores = contrast(lambda run: run.score)
-    low, high = _interval(scores)
+    varied = any(len({runs[variant].score for runs in seeds}) > 1 for variant in weights)
+    low, high = _interval(scores) if varied else UNKNOWN  # a build that draws nothing repeats one training
     better = None if low <= 0 <= high else (low > 0) == (mode == "max")
     bases = [runs[BASELINE].seconds for runs in seeds]
     times = [time / base for time, base in zip(contrast(lambda run: run.seconds), bases, strict=True)]
@@ -160,5 +193,5 @@ def _deviation(numbers: Sequence[float]) -> float:
 def _interval(scores: list[float]) -> tuple[float, float]:
     """Nothing is known of too few seeds, nor of a training that diverged."""
     if len(scores) < LEAST or not all(map(math.isfinite, scores)):
-        return -math.inf, math.inf
+        return UNKNOWN
     return bootstrap_interval(scores)

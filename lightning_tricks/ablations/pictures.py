@@ -1,15 +1,17 @@
-"""The forest plot: what each trick did, and how sure that is."""
+"""The forest plot, what each trick did and how sure that is, and the page's section that begins with it."""
 
 import math
 from typing import TYPE_CHECKING
 
-from lightning_tricks.ablations.effects import Ablation
+from lightning_tricks.ablations.effects import Ablation, effect_rows, notes, signed, verdict
 from lightning_tricks.plots import new_figure
+from lightning_tricks.reports import page
+from lightning_tricks.reports.pictures import COLOURS, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = {True: "#2b8a3e", False: "#c92a2a", None: "#6b7280"}
+OF = {True: COLOURS[0], False: COLOURS[1], None: "#5b6570"}
 
 
 def forest(ablation: Ablation) -> "Figure":
@@ -22,20 +24,41 @@ def forest(ablation: Ablation) -> "Figure":
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figure = new_figure("ablate", (8, 1.6 + 0.45 * len(ablation.effects)))
+    figure = new_figure("ablate", (5.6, 1.3 + 0.45 * len(ablation.effects)))
     axes = figure.add_subplot()
-    axes.axvline(0, color="#adb5bd", linewidth=1)
+    axes.axvline(0, color="#868e96", linewidth=1)
     for row, effect in enumerate(ablation.effects.values()):
         ends = [effect.difference if math.isinf(end) else end for end in effect.interval]
-        axes.plot(ends, [row, row], color=COLOURS[effect.helps], linewidth=2.5, solid_capstyle="butt")
-        axes.plot(effect.differences, [row + 0.2] * len(effect.differences), ".", color="#868e96", alpha=0.6)
-        axes.plot(effect.difference, row, "D", color=COLOURS[effect.helps])
-        words = f"{effect.difference:+.3g}\n{effect.time:+.0%} time"
-        axes.annotate(words, (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
-    axes.set_yticks(range(len(ablation.effects)), list(ablation.effects))
+        axes.plot(ends, [row, row], color=OF[effect.helps], linewidth=2.5, solid_capstyle="butt")
+        axes.plot(effect.differences, [row + 0.25] * len(effect.differences), ".", color="#868e96", alpha=0.6)
+        axes.plot(effect.difference, row, "D", color=OF[effect.helps])
+        words = f"{verdict(effect)}\n{signed(effect.difference, effect)}"
+        axes.text(
+            1.02, row, words, color=OF[effect.helps], transform=axes.get_yaxis_transform(), va="center", fontsize=9
+        )
+    axes.set_yticks(range(len(ablation.effects)), list(ablation.effects), fontsize=9)
     axes.set_ylim(len(ablation.effects) - 0.5, -0.5)
     better = "higher" if ablation.mode == "max" else "lower"
-    axes.set_xlabel(f"paired difference of {ablation.metric} ({better} is better), 95 % interval over seeds")
-    axes.set_title(f"What each trick does ({ablation.design})")
-    axes.grid(axis="x", alpha=0.2)
+    figure.supxlabel(f"paired difference of {plain(ablation.metric)} ({better} is better)", fontsize=9)
+    figure.suptitle(f"What each trick does ({ablation.design})", fontsize=10.5)
+    axes.grid(axis="x", alpha=0.25)
     return figure
+
+
+def answer(ablation: Ablation, png: bytes) -> tuple[str, str]:
+    """The section that the page of an ablation begins with: its heading, and its HTML.
+
+    Args:
+        ablation: with effects.
+        png: the forest plot.
+    """
+    head, *rows = effect_rows(ablation)
+    found: dict[str, list[str]] = {}
+    for name, effect in ablation.effects.items():
+        found.setdefault(verdict(effect), []).append(name)
+    words = "; ".join(f"{word}: {', '.join(found[word])}" for word in sorted(found))
+    caption = "Diamonds are means over the seeds, lines their 95 % intervals, points below them single seeds."
+    picture = page.picture(png, "What each trick does: paired differences and their intervals", caption)
+    above = page.paragraphs([f"{words[0].upper()}{words[1:]}."]) + page.pictures([picture])
+    below = page.table(head, rows, "numbers") + page.paragraphs(list(notes(ablation)), "soft")
+    return "What each trick does", above + below

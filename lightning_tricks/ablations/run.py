@@ -1,21 +1,25 @@
 """`ablate`: runs the trials that are missing, and writes what all of them say."""
 
+import os
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing import get_context, parent_process
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from threading import Thread
+from typing import Any, Literal, TypeAlias
 
 import torch
 
 from lightning_tricks.ablations.designs import ALL, BASELINE, WITHOUT, Kind, make_design
 from lightning_tricks.ablations.effects import Ablation, find_effects
-from lightning_tricks.ablations.pictures import forest
-from lightning_tricks.ablations.training import is_first_rank, run_trial
+from lightning_tricks.ablations.pictures import answer, forest
+from lightning_tricks.ablations.training import is_first_rank, rehearse, run_trial
 from lightning_tricks.ablations.trials import (
     TRIALS,
     Build,
@@ -29,9 +33,13 @@ from lightning_tricks.ablations.trials import (
 from lightning_tricks.callbacks.run_folder import write_whole
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.plots import new_figure
-from lightning_tricks.reports import report
+from lightning_tricks.reports.build import as_png, write_page
+from lightning_tricks.reports.summary import Mode
 
 TABLE, FOREST, REPORT = "table.md", "forest.png", "report.html"
+MOST_SEED = 2**32 - 1
+Call: TypeAlias = Callable[[Plan, str], str | None]
+"""(plan, id of a trial) -> what went wrong."""
 
 
 def ablate(
@@ -50,10 +58,11 @@ def ablate(
 ) -> Ablation:
     """Train with and without each trick, at the same seeds and budget, and say what each does and costs.
 
-    A trial seeds everything, calls `build`, fits, and evaluates the weights that `fit` left. Its result is a small file
-    in `folder`, written when it is whole: a call after a kill, an error, or with more seeds trains only what is missing
-    (a trial that was in the middle begins anew). Afterwards `folder` has `table.md`, `forest.png`, `report.html` and a
-    CSV log for each trial.
+    Before anything is trained, every variant is set up as far as its first batch: tricks that cannot live together say
+    so at once, and not hours later. A trial seeds everything, calls `build`, fits, and evaluates the weights that `fit`
+    left. Its result is a small file in `folder`, written when it is whole: a call after a kill, an error, or with more
+    seeds trains only what is missing (a trial that was in the middle begins anew). Afterwards `folder` has `table.md`,
+    `forest.png`, `report.html` and a CSV log for each trial.
 
     Args:
         build: (seed, callbacks, logger) -> (trainer, module, train_loader, val_loader, test_loader), or one datamodule
@@ -75,8 +84,9 @@ def ablate(
         Results and effects of the finished trials; `print` it.
     Raises:
         TypeError, ValueError: an argument out of range; a folder whose trials were trained with other settings, or with
-            a damaged result; a metric that the first trial did not log (its training is kept for the right name).
-        RuntimeError: trials that failed, once all others are finished and written.
+            a damaged result; a metric that no trial has logged (the first training is kept for the right name).
+        RuntimeError: variants that refuse to begin, before anything is trained; trials that failed, once all others are
+            finished and written.
         ImportError: matplotlib is not installed.
     References:
         Bouthillier et al., "Accounting for Variance in Machine Learning Benchmarks", 2021, arXiv:2103.03098.
@@ -91,16 +101,15 @@ def ablate(
     chosen = _chosen(plan, trials)
     new_figure("ablate", (1, 1))  # what is missing is said before the hours, not after them
     todo = [trial for trial in plan.trials if plan.read(trial) is None and trial in chosen]
-    failed = _in_processes(plan, todo, processes) if processes > 1 and todo else _here(plan, todo)
-    ablation = _read(plan, mode, design, failed)
+    plan.check_metric()
+    ablation = _read(plan, mode, design, _run(plan, todo, processes))
     if is_first_rank() and (trials is None or not ablation.unfinished):
         _write(ablation, plan.folder)
-    if failed:
-        some = "; ".join(f"{trial} ({error})" for trial, error in failed.items())
-        where = plan.folder / TRIALS
+    if ablation.failed:
+        some = "; ".join(f"{trial} ({error})" for trial, error in ablation.failed.items())
         raise RuntimeError(
-            f"ablate: {len(failed)} of {len(chosen)} trials failed: {some}. The traces are in error.txt of each trial's"
-            f" folder in {where}; the other trials are kept, and the next call tries only these again."
+            f"ablate: {len(ablation.failed)} of {len(plan.trials)} trials failed: {some}. The traces are in error.txt"
+            f" of each one's folder in {plan.folder / TRIALS}. The others are kept; the next call tries these again."
         )
     return ablation
 
@@ -138,6 +147,10 @@ def _planned(
     if not isinstance(metric, str):
         fix = "Give the name that the module logs, such as 'val/accuracy'"
         raise TypeError(message("ablate", "metric", "a text", metric, fix))
+    if not isinstance(project, (str, type(None))):
+        raise TypeError(message("ablate", "project", "a text, or None", project, "Give the name of a W&B project"))
+    if not isinstance(folder, (str, PathLike)):
+        raise TypeError(message("ablate", "folder", "a path", folder, "Such as 'ablation'"))
     place = Path(folder)
     if place.exists() and not place.is_dir():
         fix = "Give another, which need not exist"
@@ -152,6 +165,8 @@ def _seeds(seeds: Any) -> tuple[int, ...]:
     if isinstance(seeds, Sequence) and not isinstance(seeds, str):
         for seed in seeds:
             check_count("ablate", "seeds", seed, 0, "a seed", "Try range(5)")
+            if seed > MOST_SEED:
+                raise ValueError(message("ablate", "seeds", f"at most {MOST_SEED}", seed, "NumPy takes no larger one"))
         if not seeds or len(set(seeds)) < len(seeds):
             raise ValueError(message("ablate", "seeds", "one or more, all different", list(seeds), fix))
         return tuple(seeds)
@@ -173,36 +188,73 @@ def _chosen(plan: Plan, trials: Any) -> list[str]:
 # ---------------------------------------------------------------------- running
 
 
-def _here(plan: Plan, todo: Sequence[str]) -> dict[str, str]:
-    """Run trials one after the other."""
-    errors = {trial: run_trial(plan, trial) for trial in todo}
-    return {trial: error for trial, error in errors.items() if error is not None}
+def _run(plan: Plan, todo: Sequence[str], processes: int) -> dict[str, str]:
+    """Train what is left; id -> error of what failed."""
+    firsts: dict[str, str] = {}
+    for trial in todo:
+        firsts.setdefault(plan.trials[trial][0], trial)
+    with _caller(plan, min(processes, len(todo))) as call:
+        # One variant alone refuses as soon as it is trained.
+        refused = call(rehearse, list(firsts.values())) if len(firsts) > 1 else {}
+        if refused:
+            alike: dict[str, list[str]] = {}
+            for trial, error in refused.items():
+                alike.setdefault(error, []).append(plan.trials[trial][0])
+            some = "; ".join(f"{', '.join(variants)} ({error})" for error, variants in alike.items())
+            raise RuntimeError(
+                f"ablate: {len(refused)} of {len(firsts)} variants cannot be trained: {some}. The traces are in"
+                f" error.txt of {', '.join(refused)} in {plan.folder / TRIALS}. Nothing was trained."
+            )
+        return call(run_trial, todo)
 
 
-def _in_processes(plan: Plan, todo: Sequence[str], processes: int) -> dict[str, str]:
-    """Run trials in new processes, several at a time."""
+@contextmanager
+def _caller(plan: Plan, processes: int) -> Iterator[Callable[[Call, Sequence[str]], dict[str, str]]]:
+    """What calls a function with each of some trials, and returns id -> error: here, or in new processes."""
+    if processes <= 1:
+        yield lambda call, trials: _errors((trial, call(plan, trial)) for trial in trials)
+        return
     try:
         pickle.dumps(plan)
     except (AttributeError, TypeError, pickle.PicklingError) as error:
         fix = "Define functions at the top of a file, give callbacks in place of lambdas, or take processes=1"
         raise ValueError(message("ablate", "processes", "1 for what cannot be imported", f"{error}", fix)) from error
     threads = max(1, torch.get_num_threads() // processes)
-    failed: dict[str, str] = {}
     # Not forked: threads and a GPU's state do not survive that.
     context = get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(todo)), context, torch.set_num_threads, (threads,)) as pool:
-        futures = {trial: pool.submit(run_trial, plan, trial) for trial in todo}
-        for trial, future in futures.items():
+    with ProcessPoolExecutor(processes, context, _begin_process, (threads,)) as pool:
+        yield partial(_in_pool, pool, plan)
+
+
+def _begin_process(threads: int) -> None:
+    torch.set_num_threads(threads)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent's processes would train on, beside those of the next call and in the same folders."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _in_pool(pool: ProcessPoolExecutor, plan: Plan, call: Call, trials: Sequence[str]) -> dict[str, str]:
+    def outcomes() -> Iterator[tuple[str, str | None]]:
+        for trial, future in [(trial, pool.submit(call, plan, trial)) for trial in trials]:
             try:
-                outcome = future.result()
+                yield trial, future.result()
             except BrokenProcessPool:
-                outcome = None if plan.read(trial) else "a process was killed before this was finished"
+                yield trial, None if plan.read(trial) else "a process was killed before this was finished"
             except ValueError:  # no trial will measure the metric
                 pool.shutdown(cancel_futures=True)
                 raise
-            if outcome is not None:
-                failed[trial] = outcome
-    return failed
+
+    return _errors(outcomes())
+
+
+def _errors(outcomes: Iterable[tuple[str, str | None]]) -> dict[str, str]:
+    return {trial: error for trial, error in outcomes if error is not None}
 
 
 # ---------------------------------------------------------------------- what came of it
@@ -210,27 +262,35 @@ def _in_processes(plan: Plan, todo: Sequence[str], processes: int) -> dict[str, 
 
 def _read(plan: Plan, mode: Literal["min", "max"], design: Kind, failed: Mapping[str, str]) -> Ablation:
     results: dict[str, dict[int, Result]] = {name: {} for name in plan.design.variants}
-    unfinished = []
+    unfinished, missing = [], {}
     for trial, (variant, seed) in plan.trials.items():
         read = plan.read(trial)
-        if read is not None:
-            results[variant][seed] = read[0]
+        result = None if read is None else plan.result(read)
+        if result is not None:
+            results[variant][seed] = result
+        elif read is not None:
+            logged = ", ".join(read["metrics"]) or "nothing"
+            missing[trial] = f"{plan.metric} is not among what it logged, {logged}; delete its folder to train it again"
         elif trial not in failed:
             unfinished.append(trial)
     effects = find_effects(plan.design, results, mode)
-    return Ablation(plan.metric, mode, design, results, effects, tuple(unfinished), failed)
+    return Ablation(plan.metric, mode, design, results, effects, tuple(unfinished), {**failed, **missing})
 
 
 def _write(ablation: Ablation, folder: Path) -> None:
     """Tables and pictures of what is there."""
     text = str(ablation).encode()
     write_whole(folder / TABLE, lambda file: file.write(text))
+    first = []
     if ablation.effects:
-        write_whole(folder / FOREST, lambda file: forest(ablation).savefig(file, format="png", dpi=160))
+        png = as_png(forest(ablation))
+        write_whole(folder / FOREST, lambda file: file.write(png))
+        first.append(answer(ablation, png))
     logs = {
         variant: [folder / TRIALS / trial_id(variant, seed) for seed in runs]
         for variant, runs in ablation.results.items()
         if runs
     }
     if logs:
-        report(logs, folder / REPORT, modes={ablation.metric: ablation.mode}, title=f"Ablation: {folder.name}")
+        modes: dict[str, Mode] = {ablation.metric: ablation.mode}
+        write_page(logs, folder / REPORT, modes=modes, title=f"Ablation: {folder.name}", first=first)

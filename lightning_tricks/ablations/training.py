@@ -9,14 +9,16 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_tricks.ablations.trials import RESULT, TRIALS, Plan
@@ -43,7 +45,7 @@ def run_trial(plan: Plan, trial: str) -> str | None:
     Returns:
         What went wrong, in a line; the trace is in the trial's folder. None if nothing did.
     Raises:
-        ValueError: the metric was not measured, which the next trial would not do either. The result is kept.
+        ValueError: no trial so far has measured the metric, and the next would not do either. The result is kept.
     """
     rank_zero_info(f"ablate: {trial}")
     folder = plan.folder / TRIALS / trial
@@ -54,31 +56,63 @@ def run_trial(plan: Plan, trial: str) -> str | None:
         try:
             stored = _run(plan, trial)
         except Exception as error:
-            (folder / TRACE).write_text(traceback.format_exc())
-            first = (str(error).strip().splitlines() or [""])[0]
-            return f"{type(error).__name__}: {first}"
+            return _traced(folder, error)
     if is_first_rank():
         text = json.dumps(stored, indent=1).encode()
         write_whole(folder / RESULT, lambda file: file.write(text))
-    plan.result(stored)
+    plan.check_metric(stored)
     return None
 
 
-def _run(plan: Plan, trial: str) -> dict[str, Any]:
+def rehearse(plan: Plan, trial: str) -> str | None:
+    """Begin to train and to evaluate, and stop before the first batch of each: what refuses, refuses here.
+
+    The random state stays as it is. Files are left by what makes them at its beginning, in a folder of its own choice.
+
+    Args:
+        plan: of the ablation.
+        trial: its id.
+    Returns:
+        What went wrong, as `run_trial` tells it.
+    """
     variant, seed = plan.trials[trial]
-    callbacks = plan.callbacks(variant)
+    rank_zero_info(f"ablate: sets up {variant}, to see whether it can be trained")
+    with TemporaryDirectory() as folder, _seeded(seed):
+        try:
+            trainer, module, data, _ = _made(plan, trial, [CSVLogger(folder, name=TRIALS, version=trial)])
+            # All `on_train_start` are called; of the evaluation nothing that may rest on a training.
+            stop = LambdaCallback(on_train_epoch_start=_stop, on_validation_start=_stop, on_test_start=_stop)
+            trainer.callbacks.insert(0, stop)
+            trainer.num_sanity_val_steps = 0
+            _measured(plan, trainer, module, data)
+        except Exception as error:
+            return _traced(plan.folder / TRIALS / trial, error)
+    return None
+
+
+def _stop(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """End it as Lightning's tuner does: not as an error, which callbacks might write down."""
+    raise _TunerExitException
+
+
+def _traced(folder: Path, error: Exception) -> str:
+    """Write down where it went wrong; what, in a line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRACE).write_text("".join(traceback.format_exception(error)))
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
+
+
+def _run(plan: Plan, trial: str) -> dict[str, Any]:
     loggers: list[Logger] = [CSVLogger(plan.folder, name=TRIALS, version=trial)]
     group = plan.folder.resolve().name
     online = None if plan.project is None else trial_logger(plan.project, group, trial, plan.folder)
     if online is not None:
         loggers.append(online)
     try:
-        pl.seed_everything(seed, verbose=False)  # again: what was drawn so far must not change the module's weights
-        trainer, module, data = _built(plan, seed, callbacks, loggers)
-        budget = {name: getattr(trainer, name) for name in BUDGET}
-        _check_budget(plan, budget)
+        trainer, module, data, budget = _made(plan, trial, loggers)
         for logger in trainer.loggers:
-            logger.log_hyperparams({"variant": variant, "seed": seed})
+            logger.log_hyperparams(dict(zip(("variant", "seed"), plan.trials[trial], strict=True)))
         measured = _measured(plan, trainer, module, data)
     finally:
         if online is not None:
@@ -102,6 +136,19 @@ def _seeded(seed: int) -> Iterator[None]:
                 os.environ[SEED] = before
 
 
+def _made(
+    plan: Plan, trial: str, loggers: list[Logger]
+) -> tuple[Any, pl.LightningModule, tuple[Any, ...], dict[str, Any]]:
+    """Trainer, module and data of a trial, and its budget, which is that of the others."""
+    variant, seed = plan.trials[trial]
+    callbacks = plan.callbacks(variant)
+    pl.seed_everything(seed, verbose=False)  # again: what was drawn so far must not change the module's weights
+    trainer, module, data = _built(plan, seed, callbacks, loggers)
+    budget = {name: getattr(trainer, name) for name in BUDGET}
+    _check_budget(plan, budget)
+    return trainer, module, data, budget
+
+
 def _built(
     plan: Plan, seed: int, callbacks: list[Callback], loggers: list[Logger]
 ) -> tuple[pl.Trainer, pl.LightningModule, tuple[Any, ...]]:
@@ -109,12 +156,14 @@ def _built(
     built = plan.build(seed, list(callbacks), list(loggers))
     if not isinstance(built, tuple) or len(built) < 2 or not isinstance(built[0], pl.Trainer):
         fix = "End it with `return trainer, module, train_loader, val_loader`"
-        raise TypeError(message("ablate", "build", "a function that returns (trainer, module, data...)", built, fix))
+        got: Any = tuple(map(_name, built)) if isinstance(built, tuple) else _name(built)
+        raise TypeError(message("ablate", "build", "a function that returns (trainer, module, data...)", got, fix))
     trainer, module, *data = built
     for name, given, there in (("callbacks", callbacks, trainer.callbacks), ("logger", loggers, trainer.loggers)):
         if any(all(one is not other for other in there) for one in given):
-            fix = f"Say Trainer({name}={name}, ...), or nothing would be compared"
-            raise ValueError(message("ablate", "build", f"one that gives its {name} to the Trainer", there, fix))
+            fix = f"Say Trainer({name}={name}, ...), without fast_dev_run and barebones, or nothing would be compared"
+            got = [_name(one) for one in there]
+            raise ValueError(message("ablate", "build", f"one that gives its {name} to the Trainer", got, fix))
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         name = type(trainer.strategy).__name__
         fix = "What other processes log and measure does not come back: take one device, or strategy='ddp'"
@@ -126,11 +175,15 @@ def _built(
     return trainer, module, tuple(data)
 
 
+def _name(item: Any) -> str:
+    return type(item).__name__
+
+
 def _check_budget(plan: Plan, budget: dict[str, Any]) -> None:
     """Compare with a trial that is finished; so are all, one by one."""
     other, read = next(((other, read) for other in plan.trials if (read := plan.read(other))), ("", None))
-    if read is not None and read[1] != budget:
-        fix = f"{other} was trained with {read[1]}: give all the same, or begin in another folder"
+    if read is not None and read["budget"] != budget:
+        fix = f"{other} was trained with {read['budget']}: give all the same, or begin in another folder"
         raise ValueError(message("ablate", "build", "one that gives all trials the same budget", budget, fix))
 
 

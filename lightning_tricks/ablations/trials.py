@@ -68,27 +68,13 @@ class Plan:
         tricks = {name: describe_trick(self.tricks[name]) for name in self.design.variants[variant]}
         return {"seed": seed, "tricks": tricks, "evaluate": self.evaluate, "build": self.version}
 
-    def result(self, stored: Mapping[str, Any]) -> Result:
-        """A stored result as seen by this metric.
-
-        Args:
-            stored: of a trial.
-        Raises:
-            ValueError: the metric was not measured.
-        """
-        metrics = stored["metrics"]
-        if self.metric not in metrics:
-            fix = f"trainer.{self.evaluate} logged {', '.join(metrics) or 'nothing'}. What was trained is kept"
-            raise ValueError(message("ablate", "metric", "one that the module logs", self.metric, fix))
-        return Result(metrics[self.metric], **stored["costs"])
-
-    def read(self, trial: str) -> tuple[Result, dict[str, Any]] | None:
-        """A finished trial's result and its budget; None if it is not finished.
+    def read(self, trial: str) -> dict[str, Any] | None:
+        """What a finished trial wrote; None if it is not finished.
 
         Raises:
-            ValueError: it was another trial; its file is damaged; the metric was not measured.
+            ValueError: it was another trial; its file is damaged.
         """
-        path = self.folder / TRIALS / trial / RESULT
+        path = self._path(trial)
         if not path.is_file():
             return None
         stored = _stored(path)
@@ -98,7 +84,32 @@ class Plan:
                 fix = f"It has changed since {trial} was trained: give another folder, or delete {path.parent}"
                 got = f"{value!r} beside {other!r}"
                 raise ValueError(message("ablate", key, "what it was for the trials in the folder", got, fix))
-        return self.result(stored), stored["budget"]
+        return stored
+
+    def result(self, stored: Mapping[str, Any]) -> Result | None:
+        """A finished trial as seen by this metric; None if it did not measure it."""
+        metrics = stored["metrics"]
+        return Result(metrics[self.metric], **stored["costs"]) if self.metric in metrics else None
+
+    def check_metric(self, newest: Mapping[str, Any] | None = None) -> None:
+        """Raise if trials are finished, and none has measured the metric.
+
+        Args:
+            newest: what a trial came to, which another rank may not have written yet.
+        Raises:
+            ValueError: so it is.
+        """
+        finished: list[Mapping[str, Any]] = [] if newest is None else [newest]
+        finished += [_stored(path) for path in map(self._path, self.trials) if path.is_file()]
+        if finished and not any(map(self.result, finished)):
+            logged = ", ".join(finished[0]["metrics"]) or "nothing"
+            place = self.folder / TRIALS
+            fix = f"trainer.{self.evaluate} logged {logged}. What was trained is kept; if the module has changed since,"
+            fix = f"{fix} delete {place}"
+            raise ValueError(message("ablate", "metric", "one that the module logs", self.metric, fix))
+
+    def _path(self, trial: str) -> Path:
+        return self.folder / TRIALS / trial / RESULT
 
 
 def _stored(path: Path) -> dict[str, Any]:
@@ -136,7 +147,8 @@ def make_callbacks(trick: Trick) -> list[Callback]:
         fix = f"Say how it is made: {trick.__name__}(...). {error}".rstrip(".")
         raise TypeError(message("ablate", "tricks", "callbacks, and not the class of one", trick, fix)) from error
     several = [made] if isinstance(made, Callback) else made
-    if not isinstance(several, Sequence) or not all(isinstance(callback, Callback) for callback in several):
+    listed = isinstance(several, Sequence) and len(several) > 0
+    if not listed or not all(isinstance(callback, Callback) for callback in several):
         fix = "Such as {'EMA': lt.EMA(0.999)}, or lambda: [lt.EMA(0.999)] for callbacks that cannot be copied"
         raise TypeError(message("ablate", "tricks", "callbacks, lists of them or functions that make them", made, fix))
     return list(several)

@@ -2,12 +2,11 @@
 
 import hashlib
 import io
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.reports import page
@@ -30,7 +29,11 @@ from lightning_tricks.reports.summary import (
     with_spread,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 DPI = 160
+SOME = "tricks that not all have"
 HOW_TO_LOG = {
     "Learning rate and schedules": "LRSchedule and Lightning's LearningRateMonitor log them",
     "Updates": "UpdateMonitor logs them",
@@ -78,6 +81,26 @@ def report(
         Traceback (most recent call last):
         ValueError: report: runs must be paths that exist, got 'no_such_folder'. Give a folder of ...
     """
+    return write_page(runs, output, group=group, smooth=smooth, band=band, modes=modes, title=title)
+
+
+def write_page(
+    runs: Runs,
+    output: str | PathLike[str],
+    *,
+    group: str | None = None,
+    smooth: int | None = None,
+    band: tuple[float, float] = (1e-4, 1e-2),
+    modes: Mapping[str, Mode] | None = None,
+    title: str,
+    first: Sequence[tuple[str, str]] = (),
+) -> Path:
+    """The report, with sections of its caller's before its own.
+
+    Args:
+        runs, output, group, smooth, band, modes, title: as `report` takes them.
+        first: headings, plain text, and what is below them, HTML.
+    """
     _check(smooth, band, modes)
     path = Path(output)
     if path.is_dir():
@@ -93,20 +116,24 @@ def report(
     }
     drawn |= {chapter: _measured(groups, names, smooth, band) for chapter, names in CHAPTERS.items()}
     missing = []
-    sections = [("Results", _results(groups, modes))]
+    names: set[str] = set()
+    sections = [*first, ("Results", _results(groups, modes))]
     for chapter, figures in drawn.items():
+        words = _unseen(read, CHAPTERS.get(chapter, ()))
+        above = [] if names else [_how_to_read(groups)]
         content: dict[bool, list[str]] = {}  # curves, and layers below them, in columns of their own
         for figure in figures:
-            content.setdefault(figure.wide, []).append(_save(figure, folder))
-        if content:
-            sections.append((chapter, "".join(map(page.pictures, content.values()))))
+            content.setdefault(figure.of_layers, []).append(_save(figure, folder, names))
+        if content or words:
+            words = above + words if content else words
+            sections.append((chapter, page.paragraphs(words, "soft") + "".join(map(page.pictures, content.values()))))
         elif chapter in HOW_TO_LOG:
             missing.append(f"{chapter}: nothing was logged; {HOW_TO_LOG[chapter]}.")
         else:
             missing.append(f"{chapter}: no metric was logged at two steps or more.")
     events = _events(groups)
     if events:
-        sections.append(("Events", page.table(["event", "run", "at step", "times"], events)))
+        sections.append(("Events", page.table(["event", "run", "at step", "times"], events, "numbers")))
     else:
         missing.append("Events: nothing was logged as event/*; no callback that reports them has acted.")
     sections += [("Settings", _settings(groups)), ("Runs", _runs(groups))]
@@ -129,27 +156,34 @@ def _check(smooth: Any, band: Any, modes: Any) -> None:
         raise ValueError(message("report", "modes", "'min' or 'max' for each metric", wrong, "Name what is better"))
 
 
-def _save(picture: Picture, folder: Path) -> str:
-    """Write a picture, and give it as a part of the page."""
+def _save(picture: Picture, folder: Path, names: set[str]) -> str:
+    """Write a picture under a name that is not there yet, and give it as a part of the page."""
+    png = as_png(picture.figure)
+    name = file_name(picture.name, names)
+    names.add(name.casefold())
+    (folder / f"{name}.png").write_bytes(png)
+    return page.picture(png, picture.title, picture.caption)
+
+
+def as_png(figure: "Figure") -> bytes:
+    """A figure as the bytes of a file."""
     buffer = io.BytesIO()
-    picture.figure.savefig(buffer, format="png", dpi=DPI)
-    png = buffer.getvalue()
-    (folder / f"{file_name(picture.name)}.png").write_bytes(png)
-    width, height = struct.unpack(">II", png[16:24])  # where every PNG has them
-    return page.picture(png, picture.title, picture.caption, width, height, picture.wide)
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
 
 
-def file_name(text: str) -> str:
+def file_name(text: str, taken: Container[str] = ()) -> str:
     """Text as the name of a file on any system.
 
     Args:
         text: any.
+        taken: names of others, casefolded, since some systems do not tell `Loss` from `loss`.
     Example:
         >>> file_name("update_ratio, arm = a/b")
         'update_ratio-arm-a-b'
     """
     name = "-".join("".join(c if c.isalnum() or c in "._" else " " for c in text).split())
-    if len(name.encode()) <= 120:
+    if len(name.encode()) <= 120 and name.casefold() not in taken:
         return name
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     return f"{name.encode()[:100].decode(errors='ignore')}-{digest}"  # file systems take 255 bytes at most
@@ -164,15 +198,41 @@ def _all(groups: Sequence[Group]) -> list[Run]:
 
 def _lead(groups: Sequence[Group]) -> list[str]:
     count = len(_all(groups))
-    points = "In the pictures points are values as logged, at the step they were logged with."
     if count == 1:
-        return [f"One run: {groups[0].runs[0].name}.", points]
+        return [f"One run: {groups[0].runs[0].name}."]
     if count == len(groups):
-        return [f"{count} runs.", points]
+        return [f"{count} runs."]
     named = ", ".join(f"{group.name} ({len(group.runs)})" for group in groups[:8]) + (", ..." if groups[8:] else "")
     word = "groups" if len(groups) > 1 else "group"
-    lines = "Thin lines are single runs, thick lines the means of a group, as far as all of it trained."
-    return [f"{count} runs in {len(groups)} {word} of runs that differ by their seed: {named}.", f"{points} {lines}"]
+    return [f"{count} runs in {len(groups)} {word} of runs that differ by their seed: {named}."]
+
+
+def _how_to_read(groups: Sequence[Group]) -> str:
+    words = (
+        "Points are values as logged, at the step they were logged with; lines join them where nothing else is said."
+    )
+    if any(len(group.runs) > 1 for group in groups):
+        words += " Thin lines are single runs, thick lines the means of a group, as far as all of it trained."
+    return words
+
+
+def _unseen(runs: Sequence[Run], quantities: Sequence[str]) -> list[str]:
+    """What has no picture since it would show nothing, in words."""
+    return [f"{QUANTITIES[name][0]}: {word}." for name in quantities if (word := _nothing(runs, name))]
+
+
+def _nothing(runs: Sequence[Run], name: str) -> str | None:
+    """What a picture of a quantity would say, where that is nothing; None where it is something, or was not logged."""
+    logged = [(run, key) for run in runs for key in run.series if quantity(key) == name]
+    if not logged:
+        return None
+    values = [run.series[key] for run, key in logged]
+    if QUANTITIES[name][1] in ("share", "count") and not any(value for series in values for value in series.values()):
+        return "0 at every layer and step"
+    unclipped = [run.series.get(key.replace("_clipped", "", 1)) for run, key in logged]
+    if name == "grad_norm_clipped" and values == unclipped:
+        return "the same as before, nothing was clipped"
+    return None
 
 
 def _results(groups: Sequence[Group], modes: Mapping[str, Mode]) -> str:
@@ -224,14 +284,20 @@ def _events(groups: Sequence[Group]) -> list[list[str]]:
 def _settings(groups: Sequence[Group]) -> str:
     """What differs between groups, the tricks, and everything."""
     each = [_shared(group) for group in groups]
+    held = [{name.split(".")[1]: None for name in settings if name.startswith("tricks.")} for settings in each]
+    common = set.intersection(*map(set, held))
     names = list(dict.fromkeys(name for settings in each for name in settings))
     if not names:
         return page.paragraphs(["No settings were logged."])
     head = ["", *(group.name for group in groups)]
     content = ""
-    different = [name for name in differing(each) if not is_seed(name)]
+    # Of a trick that some have and others not, its name says it; its settings are below.
+    own = [{SOME: ", ".join(name for name in tricks if name not in common) or "none"} for tricks in held]
+    short = [{**extra, **settings} for extra, settings in zip(own, each, strict=True)]
+    different = [name for name in differing(short) if not is_seed(name)]
+    different = [name for name in different if not name.startswith("tricks.") or name.split(".")[1] in common]
     if different:
-        content += page.paragraphs(["By what the groups differ:"]) + _table(head, different, each)
+        content += page.paragraphs(["By what the groups differ:"]) + _table(head, different, short)
     elif len(groups) > 1:
         content += page.paragraphs(["The groups have the same settings."])
     tricks = [name for name in names if name.startswith("tricks.")]
@@ -263,7 +329,7 @@ def _runs(groups: Sequence[Group]) -> str:
             rows.append(
                 [run.name, group.name, ", ".join(seeds.values()) or "-", f"{max(steps, default=0):,}", str(run.path)]
             )
-    return page.table(["run", "group", "seed", "last step", "read from"], rows)
+    return page.table(["run", "group", "seed", "last step", "read from"], rows, "numbers")
 
 
 # ---------------------------------------------------------------------- pictures
@@ -295,20 +361,23 @@ def _measured(
     groups: Sequence[Group], quantities: Sequence[str], smooth: int | None, band: tuple[float, float]
 ) -> Iterator[Picture]:
     """The total of each quantity as curves, and its layers as a picture a group."""
-    for name in quantities:
+    runs = _all(groups)
+    shown = [name for name in quantities if not _nothing(runs, name)]
+    for name in shown:
         heading, unit = QUANTITIES[name]
         panel = _panel(groups, f"{name}/total", f"{heading}, all layers", unit)
         if panel.curves:
             panel = replace(panel, band=band if name == "update_ratio" else None)
             yield curves(name, panel.title, [panel], _marks(groups), smooth)
-    for name in quantities:
+    for name in shown:
         heading, unit = QUANTITIES[name]
         limits = band if name == "update_ratio" else None
         yield from layers(f"{name}-layers", heading, unit, groups[:HEAT_MAPS], name, limits)
 
 
 def _panel(groups: Sequence[Group], key: str, title: str, unit: str) -> Panel:
-    lines = [_curve(group.name, index, group, key) for index, group in enumerate(groups)]
+    # A legend says which group a line is, also where the others did not log it; one group needs none.
+    lines = [_curve(group.name if groups[1:] else "", index, group, key) for index, group in enumerate(groups)]
     return Panel(title, unit, tuple(line for line in lines if line.runs))
 
 

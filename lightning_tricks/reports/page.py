@@ -1,5 +1,6 @@
 """The report as one page of HTML that needs nothing else."""
 
+import struct
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
@@ -10,7 +11,7 @@ STYLE = """
   :root { --ink: #e6e9ec; --soft: #a4adb7; --paper: #16191d; --line: #3a424b; --tint: #20252b; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.2rem 1rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.4rem 0 0.2rem; }
 h2 { font-size: 1.25rem; margin: 2.2rem 0 0.6rem; padding-top: 0.5rem; border-top: 1px solid var(--line); }
 p { margin: 0.4rem 0; max-width: 50rem; }
@@ -22,9 +23,8 @@ a { color: inherit; text-underline-offset: 0.2em; }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; max-width: 40rem; height: auto; border: 1px solid var(--line);
   border-radius: 6px; background: #ffffff; }
-figure div { overflow-x: auto; }
+.pictures { margin-top: 0.8rem; }
 .pictures + .pictures { margin-top: 1.4rem; }
-.wide img { min-width: 32rem; }
 figcaption { margin-top: 0.3rem; max-width: 40rem; }
 .table { overflow-x: auto; max-width: 100%; margin: 0.6rem 0; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
@@ -33,13 +33,14 @@ th, td { text-align: left; vertical-align: top; padding: 0.28rem 0.9rem 0.28rem 
 td { max-width: 26rem; overflow-wrap: break-word; }
 .numbers td { white-space: nowrap; }
 thead th { background: var(--tint); white-space: nowrap; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; background: var(--paper); max-width: 45vw; overflow-wrap: break-word; }
+th:first-child { position: sticky; left: 0; }
 small { color: var(--soft); display: block; }
 details { margin: 0.6rem 0; }
 summary { cursor: pointer; }
 @media print {
   :root { color-scheme: light; --ink: #000000; --soft: #444444; --paper: #ffffff; --line: #bbbbbb; --tint: #eeeeee; }
-  body { max-width: none; padding: 0; font-size: 11px; } nav { display: none; }
+  html { font-size: 11px; } body { max-width: none; padding: 0; } nav { display: none; }
   .pictures { grid-template-columns: 1fr 1fr; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
   .table { overflow: visible; } details::details-content { content-visibility: visible; block-size: auto; } }
 """
@@ -73,12 +74,13 @@ def paragraphs(sentences: Sequence[str], kind: str = "") -> str:
     return "".join(f"<p{marked}>{escape(sentence)}</p>\n" for sentence in sentences)
 
 
-def picture(png: bytes, title: str, caption: str, width: int, height: int, wide: bool = False) -> str:
-    """A picture inside of the page; a wide one has small text and is not made narrow on a narrow screen."""
+def picture(png: bytes, title: str, caption: str) -> str:
+    """A picture inside of the page."""
+    width, height = struct.unpack(">II", png[16:24])  # where every PNG has them
     source = f"data:image/png;base64,{b64encode(png).decode()}"
     image = f'<img src="{source}" alt="{escape(title)}" width="{width}" height="{height}">'
-    kind = "wide" if wide else "fitted"
-    return f'<figure><div class="{kind}">{image}</div><figcaption>{escape(caption)}</figcaption></figure>\n'
+    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f"<figure>{image}{below}</figure>\n"
 
 
 def pictures(figures: Sequence[str]) -> str:

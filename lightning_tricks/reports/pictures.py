@@ -30,6 +30,8 @@ LINES_OF_EVENTS = 6
 """Most events of one kind that have a line through the picture beside their mark."""
 HEAT_MAPS = 8
 """Most groups whose layers have a picture: more are not read, and take minutes to draw."""
+SPREAD = 30
+"""From how many times the lowest value on a plain scale shows too little, and logarithms are taken."""
 LARGEST = 1e100
 """Most that is drawn: a picture from -1e308 to 1e308 is larger than any number."""
 ROWS = 60
@@ -65,7 +67,7 @@ class Picture:
     title: str
     figure: "Figure"
     caption: str
-    wide: bool = False
+    of_layers: bool = False
 
 
 def drawable(value: float) -> bool:
@@ -74,8 +76,8 @@ def drawable(value: float) -> bool:
 
 
 def styles(index: int) -> tuple[str, str]:
-    """Colour and kind of line of the n-th curve; no two alike before 28."""
-    return COLOURS[index % len(COLOURS)], LINES[index // len(COLOURS) % len(LINES)]
+    """Colour and kind of line of the n-th curve; no two alike before 28, and two that coincide are both seen."""
+    return COLOURS[index % len(COLOURS)], LINES[index % len(LINES)]
 
 
 # ---------------------------------------------------------------------- curves
@@ -106,12 +108,11 @@ def curves(
     _in_whole_steps(axes[-1])
     handles = {text: handle for place in axes for handle, text in zip(*place.get_legend_handles_labels(), strict=True)}
     columns = max(1, min(len(handles), 64 // (max(map(len, handles), default=1) + 6)))
-    legend = len(handles) > 1 or bool(events)
-    if legend:
+    if handles:
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
-    figure.set_size_inches(5.6, 0.6 + 2.5 * len(panels) + legend * (0.1 + 0.2 * -(-len(handles) // columns)))
+    figure.set_size_inches(5.6, 0.6 + 2.5 * len(panels) + bool(handles) * (0.1 + 0.2 * -(-len(handles) // columns)))
     if len(set(words)) > 1:
-        words = [f"{panel.title}: {text}" for panel, text in zip(panels, words, strict=True)]
+        words = [f"{panel.title}: {text}" for panel, text in zip(panels, words, strict=True) if text]
     return Picture(name, title, figure, " ".join(dict.fromkeys(words)))
 
 
@@ -137,7 +138,7 @@ def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
         axes.plot(common, mean, color=curve.colour, linestyle=curve.line, linewidth=1.8, label=plain(curve.name))
     values = [value for curve in panel.curves for series in curve.runs for value in series.values()]
     finite = [value for value in values if drawable(value)]
-    if not panel.linear and finite and min(finite) > 0 and (panel.band or max(finite) > 100 * min(finite)):
+    if not panel.linear and finite and min(finite) > 0 and (panel.band or max(finite) > SPREAD * min(finite)):
         axes.set_yscale("log")
     if panel.band is not None:
         axes.axhspan(*panel.band, color="#777777", alpha=0.15, linewidth=0, label=f"band, {span(panel.band)}")
@@ -151,11 +152,11 @@ def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
 def _what_lines_are(panel: Panel, widths: dict[str, int], lost: int) -> str:
     longest = max(len(series) for curve in panel.curves for series in curve.runs)
     if len(set(widths.values())) > 1:
-        listed = ", ".join(f"{width} points ({name})" for name, width in widths.items())
+        listed = ", ".join(f"{width} points ({name})" for name, width in widths.items() if width > 1)
         words = [f"Lines are moving averages of {listed}."]
     else:
         width = next(iter(widths.values()))
-        words = ["Lines join the values as logged." if width == 1 else f"Lines are moving averages of {width} points."]
+        words = [f"Lines are moving averages of {width} points."] if width > 1 else []
     if longest > POINTS:
         words.append(f"Points are, of up to {longest:,} a run, the lowest and the highest of each stretch.")
     if lost:
@@ -229,11 +230,11 @@ def layers(
                 words.append(_verdict(found[group.name], band))
             if len(group.runs) > 1:
                 words.insert(0, f"Median of {len(group.runs)} runs.")
-            yield Picture(f"{name}-{group.name}", heading, figure, " ".join(words), wide=True)
+            yield Picture(f"{name}-{group.name}", heading, figure, " ".join(words), of_layers=True)
 
 
 def _heat_map(
-    title: str, unit: str, median: dict[str, dict[int, float]], colours: "Colormap", norm: "Normalize"
+    title: str, unit: str, median: dict[str, Series], colours: "Colormap", norm: "Normalize"
 ) -> "tuple[Figure, list[str]]":
     """Layers by steps, and what is left out, in words."""
     from matplotlib.ticker import NullFormatter
@@ -246,7 +247,7 @@ def _heat_map(
     heat = [[_within(value, norm) for value in row] for row in values]
     seen = {value for row in values for value in row if not math.isnan(value)}
     extend = "both" if any(_within(value, norm) != value for value in seen) else "neither"
-    figure = new_figure("report", (5.6, 1.8 + 0.17 * min(max(len(names), 6), ROWS)))
+    figure = new_figure("report", (5.6, 1.8 + 0.17 * min(max(len(names), 3), ROWS)))
     axes = figure.add_subplot()
     edges = [shown[0], *((a + b) / 2 for a, b in pairwise(shown)), shown[-1] + 1]
     mesh = axes.pcolormesh(
@@ -269,25 +270,28 @@ def _heat_map(
     return figure, words
 
 
-def _by_layer(group: Group, quantity: str) -> dict[str, dict[int, float]]:
+def _by_layer(group: Group, quantity: str) -> dict[str, Series]:
     """Medians of all layers that have a value, from the first to the last by their names."""
     keys = {key for run in group.runs for key in run.series if key.startswith(f"{quantity}/")} - {f"{quantity}/total"}
     median = {key.partition("/")[2]: _median(group.runs, key) for key in sorted(keys, key=natural)}
     return {name: series for name, series in median.items() if series}
 
 
-def _median(runs: Sequence[Run], key: str) -> dict[int, float]:
+def _median(runs: Sequence[Run], key: str) -> Series:
     """Median over the runs that have the step."""
+    logged = [run.series[key] for run in runs if key in run.series]
+    if len(logged) == 1:  # of hundreds of thousands of values the medians would take a minute
+        return logged[0]
     values: dict[int, list[float]] = {}
-    for run in runs:
-        for step, value in run.series.get(key, {}).items():
+    for series in logged:
+        for step, value in series.items():
             known = values.setdefault(step, [])
             if not math.isnan(value):
                 known.append(value)
     return {step: statistics.median(known) if known else math.nan for step, known in values.items()}
 
 
-def _verdict(median: dict[str, dict[int, float]], band: tuple[float, float]) -> str:
+def _verdict(median: dict[str, Series], band: tuple[float, float]) -> str:
     """Layers that are outside of the band for most of the time, and those that are not finite, in words."""
     finite = {name: [value for value in series.values() if math.isfinite(value)] for name, series in median.items()}
     said, words = [], []
@@ -336,7 +340,7 @@ def _plain(values: Sequence[float], unit: str) -> "tuple[Colormap, Normalize]":
     finite = [value for value in values if drawable(value)] or [0.0]
     low, high = (0.0, 1.0) if unit == "share" else (min(finite), max(finite))
     least = min((value for value in finite if value > 0), default=math.inf)
-    if unit != "share" and low >= 0 and high > 30 * least:
+    if unit != "share" and low >= 0 and high > SPREAD * least:
         return colormaps["cividis"], LogNorm(max(least, 1e-8 * high), high)
     return colormaps["cividis"], Normalize(low, high) if low < high else Normalize(low - 0.5, low + 0.5)
 

@@ -3,8 +3,9 @@
 import csv
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,8 @@ from lightning_tricks.reports.offline import FILES, read_offline
 Series: TypeAlias = Mapping[int, float]
 """Step -> value, in the order of the steps."""
 Runs: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Any]"
+ROWS = 1000
+"""Rows of a table that are turned to columns at a time."""
 WHERE = "Give a folder of Lightning's CSVLogger (metrics.csv), an offline W&B run (offline-run-*), or one above them"
 
 
@@ -131,46 +134,55 @@ def _read_csv(owner: str, path: Path, group: str | None) -> Run:
     if len(lines) > 1 and not text.endswith("\n"):
         lines.pop()
         notes.append(f"{path}: its last row was cut off, and is left out.")
-    rows, lost = _csv_rows(owner, path, lines)
+    columns, lost = _csv_columns(owner, path, lines)
     if lost:
         shown = ", ".join(map(str, lost[:10])) + (", ..." if lost[10:] else "")
         notes.append(f"{path}: {len(lost)} damaged line(s) are left out: {shown}.")
-    series, strange = in_steps(rows)
+    series, strange = _numbers(columns)
     notes += [f"{path}: {key} is left out, since it holds no plain numbers." for key in strange]
     settings, note = _hparams(owner, path.parent)
     return Run(path.parent.absolute().name, path.parent, series, settings, group, (*notes, *note))
 
 
-def _csv_rows(owner: str, path: Path, lines: list[str]) -> tuple[list[tuple[int, Mapping[str, Any]]], list[int]]:
-    """Steps with their rows, and the numbers of the lines that are none."""
+def _csv_columns(owner: str, path: Path, lines: list[str]) -> tuple[dict[str, Iterable[tuple[int, str]]], list[int]]:
+    """Steps with their texts for each key, and the numbers of the lines that are none."""
     # What a machine that lost power leaves; csv of Python 3.10 stops at it.
-    reader = csv.DictReader(["damaged" if "\0" in line else line for line in lines])
-    rows: list[tuple[int, Mapping[str, Any]]] = []
+    reader = csv.reader(["damaged" if "\0" in line else line for line in lines])
+    steps: list[int] = []
     lost = []
     try:
-        if "step" not in (reader.fieldnames or ()):
+        head = next(reader, [])
+        if "step" not in head:
             fix = "That is how Lightning's CSVLogger writes it"
             raise ValueError(message(owner, "runs", "logs with a column 'step'", str(path), fix))
-        for row in reader:
-            step = _step(row.pop("step"))
-            if step is None or None in row or None in row.values():
-                lost.append(reader.line_num)
-            else:
-                rows.append((step, {key: value for key, value in row.items() if value != "" and key != "epoch"}))
+        columns: list[list[str]] = [[] for _ in head]
+        rows = ((reader.line_num, row) for row in reader if row)
+        while some := list(islice(rows, ROWS)):  # turned while they are near: a million rows at once take seconds
+            kept = []
+            for line, row in some:
+                step = _step(row[head.index("step")]) if len(row) == len(head) else None
+                if step is None:
+                    lost.append(line)
+                else:
+                    steps.append(step)
+                    kept.append(row)
+            for column, texts in zip(columns, zip(*kept, strict=True), strict=False):
+                column.extend(texts)
     except csv.Error as error:
         where = f"{path}, line {reader.line_num}"
         raise ValueError(message(owner, "runs", "tables that can be read", where, f"{error}")) from error
-    if lost and not rows:
+    if lost and not steps:
         where = f"{path}, line {lost[0]}"
         fix = "It was damaged, or written by another program"
         raise ValueError(message(owner, "runs", "tables with a step and one value a column", where, fix))
-    return rows, lost
+    named = {key: texts for key, texts in zip(head, columns, strict=True) if key not in ("step", "epoch")}
+    return {key: zip(compress(steps, texts), filter(None, texts), strict=True) for key, texts in named.items()}, lost
 
 
-def _step(text: str | None) -> int | None:
+def _step(text: str) -> int | None:
     """A step; None of what is none. Beyond 2**53 neighbours are the same as numbers of a picture."""
     try:
-        step = int(float(text or ""))
+        step = int(float(text))
     except (OverflowError, ValueError):
         return None
     return step if abs(step) <= 2**53 else None
@@ -248,13 +260,23 @@ def in_steps(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[dict[str, S
         >>> in_steps([(4, {"loss": "0.5"}), (2, {"loss": 1, "text": "abc"}), (4, {"loss": 0.25})])
         ({'loss': {2: 1.0, 4: 0.25}}, ['text'])
     """
-    series: dict[str, dict[int, float]] = {}
-    strange: dict[str, None] = {}
+    columns: dict[str, list[tuple[int, Any]]] = {}
     for step, row in rows:
         for key, value in row.items():
-            try:
-                series.setdefault(key, {})[step] = float(value)
-            except (TypeError, ValueError):
-                strange[key] = None
-    known = [key for key in series if key not in strange]
-    return {key: dict(sorted(series[key].items())) for key in sorted(known, key=natural)}, list(strange)
+            columns.setdefault(key, []).append((step, value))
+    return _numbers(columns)
+
+
+def _numbers(columns: Mapping[str, Iterable[tuple[int, Any]]]) -> tuple[dict[str, Series], list[str]]:
+    """The columns that hold only numbers, in the order of their steps, and the names of the others."""
+    series: dict[str, Series] = {}
+    strange = []
+    for key in sorted(columns, key=natural):
+        try:
+            found = {step: float(value) for step, value in columns[key]}
+        except (TypeError, ValueError):
+            strange.append(key)
+            continue
+        if found:
+            series[key] = {step: found[step] for step in sorted(found)}
+    return series, strange
