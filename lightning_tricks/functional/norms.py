@@ -77,12 +77,15 @@ def _squares_in_pieces(
         as_stored = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
         flat = tensor.permute(as_stored).reshape(-1)  # a copy only of what has gaps
         rows.append(torch.linalg.vector_norm(flat.unfold(0, _PIECE, _PIECE), dim=1, dtype=torch.float32))
-        rests.append(flat[len(rows[-1]) * _PIECE :])
-    owners = short + long + [i for i, row in zip(long, rows, strict=True) for _ in range(len(row))]
-    norms = torch.cat([torch.stack(torch._foreach_norm(rests, 2, dtype=torch.float32)), *rows]).tolist()
+        rests.append(flat[rows[-1].numel() * _PIECE :])
     squares = [0.0] * len(tensors)
-    for owner, norm in zip(owners, norms, strict=True):
-        squares[owner] += norm * norm
+    norms = torch.stack(torch._foreach_norm(rests, 2, dtype=torch.float32)).tolist()
+    for i, norm in zip(short + long, norms, strict=True):
+        squares[i] = norm * norm
+    if rows:
+        lengths = [row.numel() for row in rows]
+        for i, part in zip(long, torch.cat(rows).double().square_().split(lengths), strict=True):
+            squares[i] += part.sum().item()
     return squares
 
 
