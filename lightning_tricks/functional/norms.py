@@ -84,7 +84,7 @@ def _squares_in_pieces(
         squares[i] = norm * norm
     if rows:
         lengths = [row.numel() for row in rows]
-        for i, part in zip(long, torch.cat(rows).double().square_().split(lengths), strict=True):
+        for i, part in zip(long, torch.split(torch.cat(rows).double().square_(), lengths), strict=True):
             squares[i] += part.sum().item()
     return squares
 
