@@ -44,7 +44,7 @@ def tricks() -> list[Callback]:
 
 def watchers() -> list[Callback]:
     """What both arms have, so that both can be drawn: it observes and changes nothing."""
-    return [lt.UpdateMonitor(every_n_steps=LOG_EVERY), LearningRateMonitor("step")]
+    return [lt.UpdateMonitor(LOG_EVERY), lt.ActivationMonitor(LOG_EVERY), LearningRateMonitor("step")]
 
 
 ARMS: dict[str, Callable[[], list[Callback]]] = {"baseline": list, "tricks": tricks}
@@ -108,7 +108,7 @@ def table(records: dict[str, list[Record]]) -> str:
         "",
         verdict(difference),
         f"Epochs trained, seed by seed: baseline {epochs['baseline']}; tricks {epochs['tricks']}.",
-        "Both arms carry UpdateMonitor and LearningRateMonitor, which observe and change nothing.",
+        "Both arms carry UpdateMonitor, ActivationMonitor and LearningRateMonitor, which observe and change nothing.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -40,7 +40,15 @@ TRICKS = """
     schedule: {class_path: lightning_tricks.Cosine}
     total_steps: 12
 - class_path: lightning_tricks.UpdateMonitor
-  init_args: {every_n_steps: 2}
+  init_args:
+    every_n_steps: 2
+    measures: [update_ratio, grad_nonfinite]
+    layers: ["body", "head"]
+    band: [1.0e-4, 1.0e-2]
+    patience: 5
+    max_extra_memory: 1000000
+- class_path: lightning_tricks.ActivationMonitor
+  init_args: {every_n_steps: 3, layers: ["body.*"], gradients: true}
 """
 
 
@@ -53,6 +61,12 @@ class Data(L.LightningDataModule):
 
     def val_dataloader(self):
         return loader(8, seed=5)
+
+
+@pytest.fixture(autouse=True)
+def without_arguments(monkeypatch):
+    """LightningCLI warns where arguments are given both ways."""
+    monkeypatch.setattr("sys.argv", ["train.py"])
 
 
 def run(config, tmp_path):
@@ -70,13 +84,15 @@ def config_with(callbacks):
 def test_a_run_from_yaml(tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "3")  # LightningCLI sets it; taken back after the test
     cli = run(config_with(yaml.safe_load(TRICKS)), tmp_path)
-    schedule, ema, stop, transforms, param, monitor = cli.trainer.callbacks[:6]
+    schedule, ema, stop, transforms, param, monitor, activations = cli.trainer.callbacks[:7]
     assert schedule.schedule == lt.Warmup("1ep", lt.Cosine(0.01), start=0.1)
     assert ema.updates == 12
     assert (stop.checks, stop.ignore_first, stop.restore_best) == (2, 1, True)
     assert transforms.transforms == [lt.Cutout(2), lt.Mixup(0.2), lt.LabelSmoothing(0.1)]
     assert (param.name, param.schedule) == ("weight_decay", lt.Cosine())
-    assert monitor.every_n_steps == 2
+    assert (monitor.every_n_steps, monitor.measures, monitor.patience) == (2, ("update_ratio", "grad_nonfinite"), 5)
+    assert (monitor.layers, monitor.band, monitor.max_extra_memory) == (["body", "head"], (1e-4, 1e-2), 1000000)
+    assert activations.settings == {"every_n_steps": 3, "layers": ["body.*"], "gradients": True}
     assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.05 * 0.01)
 
 

@@ -17,7 +17,8 @@ from scipy import stats
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-TRICKS = {"LRSchedule", "EMA", "EarlyStopping", "BatchTransforms", "UpdateMonitor"}
+WATCHERS = {"UpdateMonitor", "ActivationMonitor"}
+TRICKS = {"LRSchedule", "EMA", "EarlyStopping", "BatchTransforms", *WATCHERS}
 
 
 def demo(*arguments: str, script: str = "digits.py") -> str:
@@ -74,7 +75,7 @@ def test_the_demo_leaves_a_picture_a_table_and_a_run_for_each_training(tmp_path)
     assert len(runs(folder)) == 4
     assert configs.keys() == {(arm, seed) for arm in arms for seed in (0, 1)}
     assert all(configs["tricks", seed]["tricks"].keys() == TRICKS for seed in (0, 1))
-    assert all(configs["baseline", seed]["tricks"].keys() == {"UpdateMonitor"} for seed in (0, 1))
+    assert all(configs["baseline", seed]["tricks"].keys() == WATCHERS for seed in (0, 1))
 
 
 def test_the_plain_module_knows_nothing_of_the_package():
