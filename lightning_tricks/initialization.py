@@ -99,7 +99,8 @@ def lsuv_init(
         A table of means and standard deviations before and after, and what was left out; print it.
     Raises:
         TypeError, ValueError: an argument out of range, a batch that forward does not take, a lazy layer that has no
-            weights yet, no layer to scale, or one whose outputs do not vary, are not finite, or do not come within tol.
+            weights yet, complex weights, no layer to scale, or one whose outputs do not vary, are not finite, or do not
+            come within tol and stay there.
     References:
         Mishkin and Matas, "All you need is a good init", ICLR 2016, arXiv:1511.06422, algorithm 1; orthogonal matrices:
         Saxe et al., 2013, arXiv:1312.6120.
@@ -136,6 +137,11 @@ def lsuv_init(
                 _make_orthogonal_(layers[name])
         iterations = at_first_calls(partial(_scale_, tol, max_iter))
         after = at_first_calls(_mean_and_std)
+        for name, (_, std) in after.items():
+            if not abs(std**2 - 1) < tol:
+                condition = f"within {tol} of 1 in another pass too"
+                fix = "The forward pass is another one each time: it may change its batch in place, or draw by itself"
+                raise ValueError(message("lsuv_init", f"variance of {name}", condition, std**2, fix))
         made = [[tensor.clone() for tensor in _weights(layers[name])] for name in before]
     for name, tensors in zip(before, made, strict=True):
         for tensor, value in zip(_weights(layers[name]), tensors, strict=True):
@@ -163,6 +169,9 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
             left[name] = "its weight is another layer's too"
         elif not weight.requires_grad:
             left[name] = "frozen"
+        elif weight.is_complex():
+            fix = "Freeze such layers, or initialize the model without lsuv_init"
+            raise TypeError(message("lsuv_init", f"weight of {name}", "of real numbers", weight.dtype, fix))
         else:
             layers[name] = child
     return layers, left
@@ -207,7 +216,7 @@ def _mean_and_std(name: str, layer: nn.Module, outputs: Callable[[], Tensor]) ->
 def _make_orthogonal_(layer: nn.Module) -> None:
     weight, *bias = _weights(layer)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=wide)))
+    weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=wide, memory_format=torch.contiguous_format)))
     for tensor in bias:
         tensor.zero_()
 

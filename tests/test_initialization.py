@@ -309,6 +309,51 @@ def test_other_precisions(dtype):
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
+@pytest.mark.parametrize(
+    ("layer", "size", "layout"),
+    [(nn.Conv2d, (8, 8), torch.channels_last), (nn.Conv3d, (4, 4, 4), torch.channels_last_3d)],
+)
+def test_weights_whose_channels_come_last(layer, size, layout):
+    def made(layout):
+        torch.manual_seed(0)
+        model = layer(3, 8, 3).to(memory_format=layout)
+        return lsuv_init(model, torch.randn(8, 3, *size)), model.weight
+
+    (table, weight), (plain, expected) = made(layout), made(torch.contiguous_format)
+    assert weight.is_contiguous(memory_format=layout)
+    assert torch.allclose(weight, expected, rtol=1e-4)
+    assert table.rows[0].std_after == pytest.approx(plain.rows[0].std_after)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_inputs_of_any_scale(scale):
+    assert lsuv_init(nn.Linear(8, 3), scale * torch.randn(64, 8)).rows[0].std_after == pytest.approx(1.0)
+
+
+def test_complex_weights_are_refused():
+    model = nn.Linear(4, 4, dtype=torch.complex64)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="lsuv_init: weight of model must be of real numbers, got torch.complex64"):
+        lsuv_init(model, torch.randn(9, 4, dtype=torch.complex64))
+    assert all(torch.equal(before[name], value) for name, value in snapshot(model).items())
+
+
+def test_a_forward_pass_that_is_another_one_each_time_is_an_error():
+    class Drifts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(x.mul_(3))
+
+    model = Drifts()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="lsuv_init: variance of inner must be within 0.1 of 1 in another pass"):
+        lsuv_init(model, torch.randn(64, 4))
+    assert_same(snapshot(model), before)
+
+
 def test_model_that_is_trained_goes_on_from_there():
     module = Net()
     table = lsuv_init(module, images()[:, :, :4, :4])

@@ -31,6 +31,7 @@ class GradientNoise:
         self.small: Tensor | None = None
         self._batch = self._accumulation = self._ranks = 1
         self._batches = 0  # of the step that is watched
+        self._with_gradients: set[int] = set()  # those of them that had a backward
         self._short = False  # whether one of them may have fewer samples
         self._handles: list[RemovableHandle] = []
 
@@ -72,6 +73,7 @@ class GradientNoise:
         Args:
             scale: what its gradients were multiplied by.
         """
+        self._with_gradients.add(self._batches)
         if self._handles and self.small is not None:
             self.small = self.small * (self._accumulation / scale) ** 2  # Lightning has divided the loss
         self._unhook()
@@ -80,8 +82,9 @@ class GradientNoise:
         """The squared norm of the mean gradient of one batch on one rank: its mean over ranks, (1,); maybe none."""
         if self.small is None or self._batches != self._accumulation:  # an epoch's last step may be of fewer batches
             return []
-        # One rank may have the short batch: what is not finite leaves the step out on all of them.
-        small = self.small * math.nan if self._short else self.small
+        # One rank may have the short batch, or none: what is not finite leaves the step out on all of them.
+        whole = not self._short and len(self._with_gradients) == self._batches
+        small = self.small if whole else self.small * math.nan
         small = small if self._ranks == 1 else trainer.strategy.reduce(small, reduce_op="mean")
         return [small.reshape(1)]
 
@@ -102,7 +105,7 @@ class GradientNoise:
     def forget(self) -> None:
         """A new step begins."""
         self._unhook()
-        self.small, self._batches, self._short = None, 0, False
+        self.small, self._batches, self._short, self._with_gradients = None, 0, False, set()
 
     def _unhook(self) -> None:
         for handle in self._handles:

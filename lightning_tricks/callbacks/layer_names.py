@@ -1,7 +1,7 @@
 """What a layer is called, and which tensors make it up."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from lightning_tricks.functional.checks import message
@@ -45,8 +45,8 @@ def layer_of(name: str, layers: Layers) -> str | None:
     Args:
         name: the parameter's in the module.
         layers: by module that owns it (the parameter itself where that is the root), by tensor, by the first parts of
-            the module's name, or by the first pattern that matches from the name's beginning: the layer is then called
-            by what matched, so that `r"blocks\.\d+"` gives each block a layer.
+            the module's name, or by the first pattern that matches a part of the name's beginning: the layer is then
+            called by what matched, so that `r"blocks\.\d+"` gives each block a layer.
     Returns:
         Its name; None if it is in the total alone: at a depth of 0, or where no pattern matches.
     Example:
@@ -61,18 +61,24 @@ def layer_of(name: str, layers: Layers) -> str | None:
         return owner
     if isinstance(layers, int):
         return ".".join(owner.split(".")[:layers]) or None
-    return next((found[0] for pattern in layers if (found := re.match(pattern, name))), None)
+    return next((found[0] for pattern in layers if (found := re.match(pattern, name)) and found[0]), None)
 
 
-def refuse_total(owner: str, names: Iterable[str | None]) -> None:
-    """Raise if a layer has the name under which the sum over all is logged.
+def check_names(owner: str, names: Collection[str], layers: Layers) -> None:
+    """Raise if a pattern is of no parameter, or a layer has the name under which the sum over all is logged.
 
     Args:
         owner: callback named in an error.
-        names: of the layers.
+        names: of the parameters.
+        layers: as for `layer_of`.
     Raises:
-        ValueError: one is `total`.
+        ValueError: a pattern matches none, or a layer is called `total`.
     """
-    if "total" in names:
+    for pattern in () if isinstance(layers, (str, int)) else layers:
+        if all(layer_of(name, [pattern]) is None for name in names):
+            condition = "patterns of parameter names, matched from their beginning"
+            fix = "Give patterns of the names that named_parameters() has"
+            raise ValueError(message(owner, "layers", condition, pattern, fix))
+    if "total" in (layer_of(name, layers) for name in names):
         fix = "Its keys would be those of the total; rename it"
-        raise ValueError(message(owner, "modules", "none called 'total'", "total", fix))
+        raise ValueError(message(owner, "layers", "none called 'total'", "total", fix))

@@ -1,9 +1,11 @@
 """Hooks on optimizers that measure a real step: gradients and weights before it, what it added, and the step before."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -21,7 +23,7 @@ class StepWatch:
         owner: callback named in an error.
         layers: how parameters are grouped.
         wanted: names of the sums, out of `SUMS`.
-        max_memory: bytes of the copies of weights, None for no limit.
+        max_memory: bytes of the copies of weights, of all optimizers together; None for no limit.
     """
 
     def __init__(self, owner: str, layers: Layers, wanted: set[str], max_memory: int | None) -> None:
@@ -33,7 +35,10 @@ class StepWatch:
         self._steps: dict[int, StepSums] = {}  # of the batch
         self._module: nn.Module | None = None
         self._names: dict[Tensor, str] = {}  # of the module's parameters, as far as they are known
-        self._turn: set[str] | None = None  # layers whose updates are measured, None for all
+        self._turns: Sequence[set[str | None]] = []  # layers to measure the updates of in one step; none: all
+        self._told = False  # of a layer that is too large for its turn
+        self.counts: Counter[int] = Counter()  # steps that were measured, by an optimizer's id
+        self._stepped: set[int] = set()  # optimizers that did in this step of the trainer
         self._copies: dict[int, WeightCopies] = {}
         self._last: dict[int, WeightCopies] = {}  # updates of the step before
         self._handles: list[RemovableHandle] = []
@@ -42,42 +47,62 @@ class StepWatch:
         """Whether it watches."""
         return bool(self._handles)
 
-    def begin_batch(self, module: nn.Module, optimizers: Iterable[Optimizer], log: int) -> None:
+    def begin_batch(self, module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         """Watch the optimizers, and see what the parameters are.
 
         Args:
             module: with the parameters by name.
             optimizers: all of the trainer.
-            log: how many logs there were: which layers' turn it is, where memory is short.
         """
         self._module = module
-        self._turn = self.turn_of(module, log)
+        self._turns = self.turns(module, begun=True)
         if not self._handles:
             optimizers = list(optimizers)
             self._handles = after_real_steps(self.owner, optimizers, self._after_step)
             self._handles += [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
 
-    def turn_of(self, module: nn.Module, log: int) -> set[str] | None:
-        """The layers whose updates this log measures, so that their copies fit into the memory; None for all.
+    def turns(self, module: nn.Module, begun: bool = False) -> Sequence[set[str | None]]:
+        """The layers whose updates are measured one after another, so that copies fit into memory; none if all do.
 
         Args:
-            module, log: as for `begin_batch`.
+            module: as for `begin_batch`.
+            begun: whether training has: a layer that was unfrozen since and does not fit has no turn then.
         Raises:
             ValueError: a layer does not fit.
         """
         if self.max_memory is None or "update" not in self.wanted:
-            return None
+            return []
         sizes: dict[str | None, int] = {}
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 layer = layer_of(name, self.layers)
                 sizes[layer] = sizes.get(layer, 0) + bytes_of_copy(parameter)
-        turns = turns_that_fit(self.owner, sizes, self.max_memory)
-        return turns[log % len(turns)] if turns else None
+        small = {layer: size for layer, size in sizes.items() if size <= self.max_memory}
+        smaller = "" if self.layers == "tensor" else "measure smaller layers (layers='tensor'), "
+        fix = f"Raise it, {smaller}or leave the measures of updates out"
+        if begun and len(small) < len(sizes):
+            if not self._told:
+                large = {layer or "the rest": size for layer, size in sizes.items() if layer not in small}
+                condition = f"at least {max(large.values())} (bytes) for what was unfrozen, {', '.join(large)}"
+                told = message(self.owner, "max_extra_memory", condition, self.max_memory, fix)
+                rank_zero_warn(f"{told} Its updates are not measured.")
+            self._told = True
+            return turns_that_fit(self.owner, small, self.max_memory, fix) or [set(small)]
+        return turns_that_fit(self.owner, sizes, self.max_memory, fix)
 
     def end_batch(self) -> None:
         """Forget what belongs to the batch."""
         self._steps, self.measured = {}, []
+
+    def end_step(self) -> None:
+        """What comes next does not follow the last step of an optimizer that did not step now."""
+        for key in self._last.keys() - self._stepped:
+            self._last[key].parameters = []
+        self.leading, self._stepped = set(), set()
+
+    def forget_names(self) -> None:
+        """Look anew at what the module's parameters are called."""
+        self._names = {}
 
     def unhook(self) -> None:
         """Watch no more."""
@@ -116,9 +141,11 @@ class StepWatch:
 
     def _scale(self, optimizer: Optimizer) -> Tensor | float:
         """What the gradients are still multiplied by: a fused optimizer unscales inside its step."""
-        if not getattr(optimizer, "_step_supports_amp_scaling", False):
-            return 1.0
-        return self.loss_scale(optimizer.param_groups[0]["params"][0].device)
+        if self.scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    return self.loss_scale(parameter.device)
+        return 1.0
 
     def _step(self, optimizer: Optimizer) -> StepSums:
         """What is measured in the step of an optimizer; each parameter with one optimizer only."""
@@ -126,7 +153,10 @@ class StepWatch:
             taken = {id(p) for step in self._steps.values() for p in step.parameters}
             chosen = [p for p in self.parameters(optimizer) if id(p) not in taken]
             layers = [layer_of(self._names[p], self.layers) for p in chosen]
-            updated = None if self._turn is None else [i for i, layer in enumerate(layers) if layer in self._turn]
+            updated = None
+            if self._turns:
+                turn = self._turns[self.counts[id(optimizer)] % len(self._turns)]
+                updated = [i for i, layer in enumerate(layers) if layer in turn]
             self._steps[id(optimizer)] = StepSums(chosen, layers, self.wanted, updated)
         return self._steps[id(optimizer)]
 
@@ -157,7 +187,10 @@ class StepWatch:
     def _begin(self, optimizer: Optimizer) -> None:
         step, scale, copies = self._step(optimizer), self._scale(optimizer), None
         if "update" in self.wanted:
-            copies = self._copies.setdefault(id(optimizer), WeightCopies())
+            copies = self._copies.get(id(optimizer)) or WeightCopies()
+            if self.max_memory is not None:
+                self._copies = {}  # others are freed before there are these
+            self._copies[id(optimizer)] = copies
             copies.take([step.parameters[i] for i in step.updated])
         if id(optimizer) in self.due:
             if not step.has_gradients:  # an optimizer of the user's own, past Lightning's hook
@@ -168,31 +201,32 @@ class StepWatch:
         key = id(optimizer)
         if key not in self.due | self.leading or key not in self._steps:
             return
+        self._stepped.add(key)
         step, copies, last = self._steps[key], self._copies.get(key), self._last.get(key)
         if copies is not None:
             copies.subtract()
         if key in self.due:
             self.due.discard(key)  # of several steps in one batch the first is measured
+            self.counts[key] += 1
             if copies is not None:
                 step.add_update(copies, last)
             self.measured += [step] if step.parameters else []
         if copies is not None and "last" in self.wanted:
             self._copies[key], self._last[key] = last or WeightCopies(), copies
-            if key not in self.leading:
-                copies.parameters = []  # the step that is measured next does not follow this one
 
 
-def turns_that_fit(owner: str, sizes: Mapping[str | None, int], limit: int) -> Sequence[set[str]]:
+def turns_that_fit(owner: str, sizes: Mapping[str | None, int], limit: int, fix: str) -> Sequence[set[str | None]]:
     """Layers in groups of at most so many bytes, in their order; none where all of them fit at once.
 
     Args:
         owner: callback named in an error.
         sizes: bytes of each layer; of None, what is in the total alone.
         limit: bytes.
+        fix: what an error advises.
     Raises:
         ValueError: a layer is larger, or there are none.
     Example:
-        >>> turns_that_fit("UpdateMonitor", {"a": 2, "b": 2, "c": 3}, limit=5) == [{"a", "b"}, {"c"}]
+        >>> turns_that_fit("UpdateMonitor", {"a": 2, "b": 2, "c": 3}, limit=5, fix="Raise it") == [{"a", "b"}, {"c"}]
         True
     """
     if sum(sizes.values()) <= limit:
@@ -201,9 +235,8 @@ def turns_that_fit(owner: str, sizes: Mapping[str | None, int], limit: int) -> S
     least = max(layers.values()) if layers else sum(sizes.values())
     if least > limit:
         condition = f"at least {least} (bytes; a copy of the largest layer)"
-        fix = "Raise it, measure smaller layers (layers='tensor'), or leave the measures of updates out"
         raise ValueError(message(owner, "max_extra_memory", condition, limit, fix))
-    turns: list[set[str]] = []
+    turns: list[set[str | None]] = []
     room = 0
     for layer, size in layers.items():
         if size > room:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_tricks.callbacks.gradient_noise import GradientNoise
-from lightning_tricks.callbacks.layer_names import Layers, check_layers, layer_of, refuse_total
+from lightning_tricks.callbacks.layer_names import Layers, check_layers, check_names
 from lightning_tricks.callbacks.shards import hold_parts
 from lightning_tricks.callbacks.step_sums import SUMS, Measure, layer_values, told
 from lightning_tricks.callbacks.step_watch import StepWatch
@@ -38,11 +38,12 @@ class UpdateMonitor(Callback):
     - `grad_norm_clipped` after clipping, `update_norm`;
     - `grad_zeros`: share of entries that are exactly 0, all where there is no gradient; `grad_nonfinite`: their count;
     - `update_cosine` between this update and that of the step before, for which that is measured too; an optimizer that
-      was not called in the batch before has none;
+      did not step in the batch before has none, nor has the first step after a resume;
     - `noise_scale/total` (samples), from the gradient of one batch on one rank beside that of the step, as means over
       logged steps with a decay of 0.9. That needs accumulation or ranks (DDP) and a loader with a `batch_size`, and is
       not logged while the estimate of the true gradient's square, or of the noise, is not above 0. Steps with the
-      last batch of an epoch are left out where that may be smaller than the others.
+      last batch of an epoch are left out where that may be smaller than the others, and so are those with a batch whose
+      `training_step` returned None.
 
     Only every n-th step is measured, with one transfer to the host and one row in each logger, on the step of
     Lightning's own rows; the others cost nothing. A logged step that a GradScaler skipped has no row. Of several
@@ -56,18 +57,20 @@ class UpdateMonitor(Callback):
         measures: what is logged, of the names above.
         layers: `"module"`, each module with parameters of its own; `"tensor"`, each parameter; a number, so many parts
             of a module's name (0: the total alone); or regular expressions, matched from the beginning of a parameter's
-            name: what matched is the layer, and what none matches is in the total alone.
+            name: what matched is the layer, and what none matches is in the total alone. Each must match a parameter.
         band: (lowest, highest) update ratio of a layer that is well, as `(1e-4, 1e-2)`; layers outside are named once,
             in a warning and an alert of Weights & Biases, with `event/update_band` in the row. None names none: rates
             that warm up or decay to 0 leave every band.
         patience: logs in a row that a layer must be outside.
         max_extra_memory: bytes on each rank for the copies of weights from before a step; None is as many as the
             measured parameters take (half precision: as in float32), twice that with `update_cosine`. With less, the
-            updates of some layers are measured in one logged step and those of others in the next, in turn; in no step
-            are all of them known, so the measures of updates have no total then.
+            updates of some layers are measured in one logged step of an optimizer and those of others in its next, in
+            turn; where some are not known, the measures of updates have no total. It must hold the largest layer; one
+            that is unfrozen later and too large for it is not measured, with a warning.
     Raises:
         TypeError, ValueError: an argument out of range, another UpdateMonitor in the Trainer, FSDP1 or DeepSpeed, a
-            layer called `total`, a layer larger than `max_extra_memory`, or nothing to take the noise scale from.
+            layer called `total`, a pattern without a parameter, a layer larger than `max_extra_memory`, or nothing to
+            take the noise scale from.
     References:
         Karpathy, "CS231n: Learning and Evaluation", 2015, the ratio of updates to weights; McCandlish et al., "An
             Empirical Model of Large-Batch Training", 2018, arXiv:1812.06162, appendix A.1, the noise scale.
@@ -96,6 +99,7 @@ class UpdateMonitor(Callback):
         self.band, self.patience, self.max_extra_memory = band, patience, max_extra_memory
         self.last: dict[str, float] = {}
         self._outside: dict[str, int] = {}  # logs in a row, by layer
+        self._counts: list[int] = []  # measured steps of each optimizer, up to the last checkpoint or the run's end
         self._noise = GradientNoise()
         self._on = self._manual = self._sharded = False
         self._watch = self._new_watch()
@@ -122,7 +126,7 @@ class UpdateMonitor(Callback):
         refuse_twins(self, trainer, "the keys grad_norm, weight_norm and update_ratio")
         refuse_sharded("UpdateMonitor", trainer, dtensors=True)
         if stage == "fit" and trainer.global_step == 0:
-            self._outside, self._noise = {}, GradientNoise()
+            self._outside, self._noise, self._counts = {}, GradientNoise(), []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """See what there is to measure, if there is a logger to tell."""
@@ -131,12 +135,17 @@ class UpdateMonitor(Callback):
             return
         hold_parts(pl_module)
         self._sharded = any(isinstance(parameter, DTensor) for parameter in pl_module.parameters())
-        refuse_total("UpdateMonitor", [layer_of(name, self.layers) for name, _ in pl_module.named_parameters()])
-        self._watch.turn_of(pl_module, 0)
+        check_names("UpdateMonitor", [name for name, _ in pl_module.named_parameters()], self.layers)
+        self._watch.turns(pl_module)
+        self._watch.counts.update(dict(zip(map(id, trainer.optimizers), self._counts, strict=False)))
         if "noise_scale" in self.measures:
             self._noise.begin(trainer, pl_module)
         self._watch.scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._on, self._manual = True, not pl_module.automatic_optimization
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Parameters may have been replaced."""
+        self._watch.forget_names()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -153,7 +162,7 @@ class UpdateMonitor(Callback):
             return
         if self._sharded:
             hold_parts(pl_module)
-        watch.begin_batch(pl_module, trainer.optimizers, step // self.every_n_steps)
+        watch.begin_batch(pl_module, trainer.optimizers)
         if watch.due and "noise_scale" in self.measures:
             self._noise.watch(trainer, watch.parameters(trainer.optimizers[0]))
 
@@ -182,7 +191,7 @@ class UpdateMonitor(Callback):
         if trainer.fit_loop._should_accumulate():
             return
         self._noise.forget()
-        watch.leading = set()
+        watch.end_step()
         if not self._manual:
             watch.due = set()  # a step that was skipped has no row; a module that steps by hand may do so later
         if not watch.due:
@@ -190,6 +199,7 @@ class UpdateMonitor(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop watching."""
+        self._counts = self._counted(trainer)
         self._detach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -212,19 +222,22 @@ class UpdateMonitor(Callback):
     ) -> None:
         """Save in the checkpoint's own keys: Lightning refuses two callbacks of one class before they can say why."""
         means = {"signal": self._noise.signal, "noise": self._noise.noise}
-        checkpoint[KEY] = {"outside": dict(self._outside), **means}
+        checkpoint[KEY] = {"outside": dict(self._outside), "measured": self._counted(trainer), **means}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Go on with the counts and the means of a checkpoint, if it has any."""
         if trainer.state.fn == TrainerFn.FITTING and KEY in checkpoint:
-            self._outside = dict(checkpoint[KEY]["outside"])
+            self._outside, self._counts = dict(checkpoint[KEY]["outside"]), list(checkpoint[KEY]["measured"])
             self._noise = GradientNoise(checkpoint[KEY]["signal"], checkpoint[KEY]["noise"])
 
     def __getstate__(self) -> dict[str, Any]:
         noise = GradientNoise(self._noise.signal, self._noise.noise)
         return state_without_module(self, _on=False, _watch=self._new_watch(), _noise=noise)
+
+    def _counted(self, trainer: pl.Trainer) -> list[int]:
+        return [self._watch.counts[id(optimizer)] for optimizer in trainer.optimizers] if self._on else self._counts
 
     # ------------------------------------------------------------------ what
 
@@ -257,7 +270,7 @@ class UpdateMonitor(Callback):
 def _check_measures(measures: Any, band: Any, limit: Any) -> None:
     known, condition = get_args(Measure), f"names out of {', '.join(get_args(Measure))}"
     fix = "('grad_norm', 'weight_norm', 'update_ratio') is the default"
-    if isinstance(measures, str) or not isinstance(measures, Sequence):
+    if isinstance(measures, str) or not isinstance(measures, Sequence) or not all(isinstance(x, str) for x in measures):
         raise TypeError(message("UpdateMonitor", "measures", condition, measures, fix))
     if not measures or len(set(measures)) < len(measures) or not set(measures) <= set(known):
         raise ValueError(message("UpdateMonitor", "measures", f"different {condition}", measures, fix))

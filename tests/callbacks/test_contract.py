@@ -72,6 +72,8 @@ CALLBACKS = {
     "BatchTransforms by schedules": lambda: [scheduled_transforms()],
     "UpdateMonitor": lambda: [lt.UpdateMonitor(every_n_steps=2)],
     "UpdateMonitor of many measures": lambda: [lt.UpdateMonitor(2, MEASURES, layers=1, band=(0.0, 1e9))],
+    "UpdateMonitor in turns": lambda: [lt.UpdateMonitor(2, ["weight_norm", "update_ratio"], max_extra_memory=600)],
+    "UpdateMonitor of successive updates": lambda: [lt.UpdateMonitor(2, ["weight_norm", "update_cosine"])],
     "ActivationMonitor": lambda: [lt.ActivationMonitor(every_n_steps=2, gradients=True)],
     "all": lambda: [
         lt.EarlyStopping(monitor="val/loss", patience=100, ignore_first=1, restore_best=True),
@@ -80,6 +82,7 @@ CALLBACKS = {
         lt.EMA(decay=0.9),
         lt.BatchTransforms([lt.Cutout(2), lt.Mixup(0.5), lt.LabelSmoothing(0.1)], seed=3),
         lt.UpdateMonitor(every_n_steps=2),
+        lt.ActivationMonitor(every_n_steps=2),
     ],
 }
 AVERAGED = {
@@ -289,7 +292,7 @@ def test_steps_that_a_scaler_skips_do_not_count(name):
             assert callback._last[0]["step"] == 8
         if isinstance(callback, lt.UpdateMonitor):
             # Batches 3 and 7 would have been logged, but changed no weight.
-            assert list(trainer.logger.series("update_ratio/total")) == [1, 5, 9, 11]
+            assert list(trainer.logger.series("weight_norm/total")) == [1, 5, 9, 11]
 
 
 # ---------------------------------------------------------------------------------------------------- 4. exceptions
@@ -525,6 +528,7 @@ def test_settings_of_every_trick_are_in_the_run_configuration():
         "EMA",
         "BatchTransforms",
         "UpdateMonitor",
+        "ActivationMonitor",
     ]
     assert logger.hparams["tricks"]["EMA"] == {"decay": 0.9, "start": 0, "every_n_steps": 1}
     assert logger.hparams["tricks"]["BatchTransforms"]["transforms"][1] == "Mixup(alpha=0.5, per_sample=True)"

@@ -352,7 +352,7 @@ def test_module_called_total_is_refused():
             self.total = nn.Linear(2, 2)
 
     module = Total()
-    with pytest.raises(ValueError, match="UpdateMonitor: modules must be none called 'total'"):
+    with pytest.raises(ValueError, match="UpdateMonitor: layers must be none called 'total'"):
         fit([lt.UpdateMonitor(50)], module, logger=MemoryLogger())
     assert module.losses == []
 

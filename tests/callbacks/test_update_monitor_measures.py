@@ -3,19 +3,22 @@
 import copy
 import math
 import pickle
+import re
+from weakref import WeakSet
 
 import pytest
 import sharded
 import torch
 import torch.nn.functional as F
-from kit import ByHand, MemoryLogger, Net, data, every_epoch, fit, loader, plugin_that_skips
-from lightning.pytorch.callbacks import Callback
+from kit import ByHand, MemoryLogger, Net, TwoOptimizers, data, every_epoch, fit, loader, plugin_that_skips
+from lightning.pytorch.callbacks import BaseFinetuning, Callback
 from sharded import ShardedNet, on_ranks, whole
 from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_tricks as lt
 from lightning_tricks.callbacks.gradient_noise import GradientNoise
+from lightning_tricks.callbacks.step_sums import WeightCopies
 
 EXACT = ("grad_norm", "grad_norm_clipped", "weight_norm", "update_norm", "update_ratio", "grad_zeros")
 EXACT += ("grad_nonfinite", "update_cosine")
@@ -135,6 +138,33 @@ def test_layers_are_chosen_by_depth_or_pattern(layers, group):
     check(layers=layers, group=group, max_epochs=1)
 
 
+@pytest.mark.parametrize("pattern", ["encoder", "ead", "x*"])
+def test_a_pattern_that_matches_no_parameter_is_an_error(pattern):
+    module = Net()
+    with pytest.raises(ValueError, match=f"UpdateMonitor: layers must be patterns of .*, got '{re.escape(pattern)}'"):
+        fit([lt.UpdateMonitor(50, layers=["head", pattern])], module, logger=MemoryLogger())
+    assert module.losses == []
+
+
+def test_patterns_match_frozen_parameters_too_and_an_empty_match_is_none():
+    logger = MemoryLogger()
+    fit([lt.UpdateMonitor(1, layers=["frozen", "h*"])], logger=logger, max_epochs=1, limit_train_batches=1)
+    assert {key.partition("/")[2] for key in ours(logger)[0]} == {"h", "total"}
+
+
+def test_a_parameter_that_the_module_has_no_more_is_measured_no_more():
+    """From the next epoch on: to look at all the names in each step would cost too much."""
+
+    class Replaces(Net):
+        def on_train_epoch_end(self):
+            self.head = nn.Linear(8, 3)
+
+    logger = MemoryLogger()
+    fit([lt.UpdateMonitor(1)], Replaces(), logger=logger, max_epochs=2)
+    assert list(logger.series("grad_norm/head")) == list(range(6))
+    assert list(logger.series("grad_norm/total")) == list(range(12))
+
+
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_gradients_after_clipping_are_those_that_the_optimizer_had(algorithm, optimizer):
@@ -185,6 +215,58 @@ def test_after_a_skipped_step_there_is_no_cosine(fused):
     monitor = lt.UpdateMonitor(3, ("weight_norm", "update_cosine"))
     fit([monitor], Overflows(), logger=logger, plugins=[plugin_that_skips(8.0)], max_epochs=1)
     assert {step: "update_cosine/total" in row for step, row in ours(logger).items()} == {2: False, 5: True}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("every", "with_cosine"), [(1, {1, 4, 5}), (2, {1, 5})])
+def test_a_cosine_needs_a_step_in_the_batch_before(every, with_cosine, fused):
+    """The third step is skipped: neither it nor the one after it has a cosine, however often is logged."""
+
+    class Overflows(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, fused=fused)
+
+        def on_after_backward(self):
+            if self.trainer.fit_loop.epoch_loop.batch_idx == 2:
+                self.head.weight.grad.fill_(torch.inf)
+
+    logger = MemoryLogger()
+    monitor = lt.UpdateMonitor(every, ("weight_norm", "update_cosine"))
+    fit([monitor], Overflows(), logger=logger, plugins=[plugin_that_skips(8.0)], max_epochs=1)
+    assert set(logger.series("update_cosine/total")) == with_cosine
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_step_that_was_to_be_measured_leaves_no_update_behind(fused):
+    """Of steps 2 and 3 the second is skipped, and so is step 5, the one before the next that is measured."""
+
+    class Overflows(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05, fused=fused)
+
+        def on_after_backward(self):
+            if self.trainer.fit_loop.epoch_loop.batch_idx in (2, 4):
+                self.head.weight.grad.fill_(torch.inf)
+
+    logger = MemoryLogger()
+    monitor = lt.UpdateMonitor(3, ("weight_norm", "update_cosine"))
+    fit([monitor], Overflows(), logger=logger, plugins=[plugin_that_skips(8.0)], max_epochs=1)
+    assert list(ours(logger)) == [5]
+    assert logger.series("update_cosine/total") == {}
+
+
+@pytest.mark.parametrize("plugins", [[], [plugin_that_skips(128.0)]], ids=["float32", "scaled"])
+def test_a_fused_optimizer_whose_first_group_is_empty(plugins):
+    class Empty(Net):
+        def configure_optimizers(self):
+            groups = [{"params": []}, {"params": [p for p in self.parameters() if p.requires_grad]}]
+            return torch.optim.SGD(groups, lr=0.05, fused=True)
+
+    logger, plain = MemoryLogger(), MemoryLogger()
+    fit([lt.UpdateMonitor(1)], Empty(), logger=logger, plugins=plugins, max_epochs=1, limit_train_batches=1)
+    fit([lt.UpdateMonitor(1)], Net(), logger=plain, max_epochs=1, limit_train_batches=1)
+    got, expected = (each.series("grad_norm/total")[0] for each in (logger, plain))
+    assert got == pytest.approx(expected, rel=0.05)
 
 
 def test_compiled_modules_have_their_own_names():
@@ -311,11 +393,30 @@ def test_the_cosine_of_several_steps_in_a_batch_is_with_the_step_before():
         assert rows[step]["update_cosine/head"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_optimizer_that_was_not_called_in_the_batch_before_has_no_cosine():
-    class Turns(ByHand):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(self.body.parameters(), 0.1)
+class Turns(ByHand):
+    """Two optimizers, of which one steps in each batch."""
 
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(self.body.parameters(), 0.1)
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()[batch_idx % 2]
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_an_optimizer_that_steps_in_every_other_batch_has_no_cosine(every):
+    logger = MemoryLogger()
+    fit([lt.UpdateMonitor(every, ("weight_norm", "update_cosine"))], TwoOptimizers(), logger=logger, max_epochs=1)
+    keys = {key for row in ours(logger).values() for key in row if "cosine" in key}
+    assert "update_cosine/head" in keys
+    assert not keys & {"update_cosine/body.1", "update_cosine/body.2"}
+
+
+def test_an_optimizer_that_was_not_called_in_the_batch_before_has_no_cosine():
+    class Uneven(Turns):
         def training_step(self, batch, batch_idx):
             chosen = self.optimizers() if batch_idx in (2, 3) else [self.optimizers()[batch_idx % 2]]
             for optimizer in self.optimizers():
@@ -325,7 +426,7 @@ def test_an_optimizer_that_was_not_called_in_the_batch_before_has_no_cosine():
                 optimizer.step()
 
     logger = MemoryLogger()
-    fit([lt.UpdateMonitor(4, ("weight_norm", "update_cosine"))], Turns(), loader(32), logger=logger, max_epochs=1)
+    fit([lt.UpdateMonitor(4, ("weight_norm", "update_cosine"))], Uneven(), loader(32), logger=logger, max_epochs=1)
     rows = {step: {key for key in row if "cosine" in key} for step, row in ours(logger).items()}
     assert rows[3] == {f"update_cosine/{layer}" for layer in ("total", "head", "body.1", "body.2")}
     assert rows[7] == set()
@@ -401,6 +502,52 @@ def test_with_little_memory_layers_take_turns(limit, turns):
         assert {f"{key}/total" for key in ("grad_norm", "weight_norm", "grad_zeros")} <= row.keys()
     assert set().union(*seen.values()) - {"total"} == {"body.1", "body.2", "head"}
     assert ("total" in set().union(*seen.values())) == (turns == 1)
+
+
+@pytest.mark.parametrize("limit", [552, 600, 699])
+@pytest.mark.parametrize("module", [TwoOptimizers, Turns])
+def test_optimizers_share_the_memory_and_each_of_their_layers_has_its_turn(module, limit, monkeypatch):
+    copies, bytes_held, take = WeakSet(), [], WeightCopies.take
+
+    def watched(self, parameters):
+        copies.add(self)
+        take(self, parameters)
+        bytes_held.append(sum(tensor.nbytes for each in copies for tensor in each.tensors))
+
+    monkeypatch.setattr(WeightCopies, "take", watched)
+    logger = MemoryLogger()
+    fit([lt.UpdateMonitor(1, max_extra_memory=limit)], module(), logger=logger)
+    assert 544 <= max(bytes_held) <= limit
+    keys = {key for row in ours(logger).values() for key in row}
+    assert {f"update_ratio/{layer}" for layer in ("head", "body.1", "body.2")} <= keys
+
+
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_a_layer_that_is_unfrozen_and_too_large_does_not_end_the_run():
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.body)
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.body, optimizer)
+
+    logger = MemoryLogger()
+    with pytest.warns(UserWarning, match="at least 544 .* for what was unfrozen, body.1, got 300") as told:
+        fit([Unfreeze(), lt.UpdateMonitor(1, max_extra_memory=300)], logger=logger)
+    assert sum("max_extra_memory" in str(warning.message) for warning in told) == 1
+    assert sorted(logger.series("update_ratio/head")) == list(range(12))
+    assert sorted(logger.series("update_ratio/body.2")) == list(range(12))  # batch norm is never frozen
+    assert sorted(logger.series("grad_norm/body.1")) == list(range(6, 12))
+    assert not logger.series("update_ratio/body.1")
+    assert sorted(logger.series("update_ratio/total")) == list(range(6))
+
+
+@pytest.mark.parametrize(("layers", "advised"), [("module", True), (1, True), (["body"], True), ("tensor", False)])
+def test_smaller_layers_are_advised_where_there_are_such(layers, advised):
+    with pytest.raises(ValueError, match="UpdateMonitor: max_extra_memory") as caught:
+        fit([lt.UpdateMonitor(1, layers=layers, max_extra_memory=9)], logger=MemoryLogger())
+    assert ("layers='tensor'" in str(caught.value)) == advised
 
 
 @pytest.mark.parametrize(("layers", "least"), [("module", 544), (0, 716), ("tensor", 512)])
@@ -527,6 +674,24 @@ def test_a_step_with_a_smaller_batch_counts_for_no_noise_scale(drop, count, rows
         signal = 0.9 * signal + 0.1 * (total * large - batch * small) / (total - batch)
         noise = 0.9 * noise + 0.1 * (small - large) / (1 / batch - 1 / total)
     assert len(squares.rows) == 3
+    assert (monitor._noise.signal, monitor._noise.noise) == pytest.approx((signal, noise), rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("skipped", [4, 5])
+def test_a_step_with_a_batch_without_a_loss_counts_for_no_noise_scale(skipped):
+    class Skips(Linear):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == skipped else super().training_step(batch, batch_idx)
+
+    monitor, squares = lt.UpdateMonitor(1, ("weight_norm", "noise_scale")), Squares(2)
+    logger = MemoryLogger()
+    fit([squares, monitor], Skips(), logger=logger, accumulate_grad_batches=2, max_epochs=1)
+    signal = noise = 0.0
+    for small, large, batch, total in squares.rows[:2]:
+        signal = 0.9 * signal + 0.1 * (total * large - batch * small) / (total - batch)
+        noise = 0.9 * noise + 0.1 * (small - large) / (1 / batch - 1 / total)
+    assert len(squares.rows) == len(ours(logger)) == 3
     assert (monitor._noise.signal, monitor._noise.noise) == pytest.approx((signal, noise), rel=1e-3)
 
 
@@ -676,6 +841,7 @@ def test_a_new_trainer_counts_anew():
     [
         ({"measures": "grad_norm"}, TypeError, "measures must be names out of grad_norm"),
         ({"measures": ["norm"]}, ValueError, "measures must be different names out of grad_norm"),
+        ({"measures": [["a"]]}, TypeError, "measures must be names out of grad_norm"),
         ({"measures": []}, ValueError, "measures must be different names"),
         ({"measures": ["grad_norm", "grad_norm"]}, ValueError, "measures must be different names"),
         ({"layers": "modules"}, ValueError, "layers must be 'module', 'tensor', a depth"),
@@ -704,7 +870,7 @@ def test_a_layer_called_total_by_its_pattern_is_refused():
             super().__init__()
             self.total_head = nn.Linear(2, 2)
 
-    with pytest.raises(ValueError, match="UpdateMonitor: modules must be none called 'total'"):
+    with pytest.raises(ValueError, match="UpdateMonitor: layers must be none called 'total'"):
         fit([lt.UpdateMonitor(1, layers=["total", "body"])], Totals(), logger=MemoryLogger())
 
 

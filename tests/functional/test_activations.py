@@ -51,6 +51,14 @@ def test_a_small_spread_around_a_large_mean_is_not_lost():
     assert abs(float(squares)) > 10 * loop(values)[1] ** 2  # what plain sums in single precision would say
 
 
+@pytest.mark.parametrize(("count", "scale"), [(1_000, 1e-25), (1_000, 1e20), (2**23, 1.0)])
+def test_spread_of_tiny_huge_and_many_values(count, scale):
+    values = scale * torch.randn(count, generator=torch.Generator().manual_seed(0))
+    assert statistics(sums(values))[1].item() == pytest.approx(
+        values.double().std(correction=0).item(), rel=1e-6, abs=0
+    )
+
+
 def test_what_is_not_finite_is_said():
     found = statistics(sums(torch.tensor([math.inf, 0.0, 0.0, 1.0]), (0.0, 1.0))).tolist()
     assert not math.isfinite(found[0])
