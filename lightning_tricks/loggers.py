@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -105,6 +105,28 @@ def trial_logger(project: str, group: str, name: str, folder: Path) -> WandbLogg
         folder: where it is written.
     """
     return WandbLogger(name=name, save_dir=folder, project=project, group=group)
+
+
+def silence_runs(loggers: Iterable[Logger]) -> None:
+    """Let loggers of Weights & Biases that have no run yet make one that nobody sees.
+
+    Args:
+        loggers: those of a trainer.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger._wandb_init["mode"] = "disabled"
+
+
+def finish_runs(loggers: Iterable[Logger]) -> None:
+    """End the runs of Weights & Biases, or the next training in this process would go on in them.
+
+    Args:
+        loggers: those of a trainer; on other ranks than the first they have no run.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger._experiment is not None:
+            logger._experiment.finish()
 
 
 def _wandb_runs(trainer: pl.Trainer) -> list[Any]:

@@ -20,10 +20,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
 from matplotlib.image import imread
 from offline_wandb import _finished, read_run, runs
 
@@ -31,11 +33,12 @@ import lightning_tricks as lt
 from lightning_tricks.__main__ import main
 from lightning_tricks.ablations import Ablation, Effect, ablate
 from lightning_tricks.ablations.designs import make_design
-from lightning_tricks.ablations.effects import find_effects
-from lightning_tricks.ablations.fingerprints import fingerprint
+from lightning_tricks.ablations.effects import find_effects, verdict
+from lightning_tricks.ablations.fingerprints import called, fingerprint
 from lightning_tricks.ablations.pictures import forest
 from lightning_tricks.ablations.training import rehearse, run_trial
 from lightning_tricks.ablations.trials import Plan, Result, describe_trick
+from lightning_tricks.functional.bootstrap import bootstrap_interval
 from lightning_tricks.reports.build import write_page
 
 TESTS = Path(__file__).parent
@@ -105,6 +108,12 @@ def build(seed, callbacks, logger):
 SCORE = {"metric": "val/score", "mode": "max"}
 ONE = {**SCORE, "design": "one-at-a-time"}
 WEIGHT = {"metric": "test/weight", "mode": "min", "evaluate": "test", "design": "one-at-a-time"}
+
+
+@pytest.fixture(autouse=True)
+def fewer_draws(monkeypatch):
+    """Intervals of a tenth of the draws: their own test has all."""
+    monkeypatch.setattr("lightning_tricks.ablations.effects.DRAWS", 100)
 
 
 @pytest.fixture
@@ -206,6 +215,33 @@ def test_what_helps_depends_on_the_mode():
     for mode, up in (("max", True), ("min", False)):
         found = find_effects(design, results(table), mode)
         assert {name: effect.helps for name, effect in found.items()} == {"up": up, "down": not up, "not": None}
+
+
+@pytest.mark.parametrize("kind", ["one-at-a-time", "leave-one-out", "full"])
+def test_a_trick_that_changes_nothing_to_the_bit_has_no_effect_in_any_design(kind):
+    design = make_design(kind, ["helps", "null", "harms"])
+    luck = np.random.default_rng(0).normal([[0.8], [0.05], [-0.02]], 0.02, (50, 3, 5))
+    for base, gain, loss in luck:
+        table = {name: base + gain * ("helps" in on) + loss * ("harms" in on) for name, on in design.variants.items()}
+        found = find_effects(design, results({name: row.tolist() for name, row in table.items()}), "max")["null"]
+        assert (found.differences, found.interval, verdict(found)) == ((0.0,) * 5, (0.0, 0.0), "no effect seen")
+
+
+def test_numbers_at_the_end_of_the_range_leave_the_effect_unknown():
+    table = {"baseline": [-1e308, 0.0, 1.0, math.inf], "a": [1e308, 1.0, 3.0, math.inf]}
+    effect = find_effects(make_design("one-at-a-time", ["a"]), results(table), "max")["a"]
+    assert [math.isnan(difference) for difference in effect.differences] == [True, False, False, True]
+    assert (effect.interval, effect.helps) == ((-math.inf, math.inf), None)
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_intervals_are_those_of_endlessly_many_resamples(count, monkeypatch):
+    monkeypatch.undo()
+    scores = np.random.default_rng(count).normal(size=count).tolist()
+    table = {"baseline": [0.0] * count, "a": scores}
+    found = find_effects(make_design("one-at-a-time", ["a"]), results(table), "max")["a"].interval
+    many = np.mean([bootstrap_interval(scores, resamples=1_000_000, seed=seed) for seed in range(1, 6)], axis=0)
+    assert np.abs(found - many).max() < 0.01 * (many[1] - many[0]) / 2
 
 
 def test_costs_are_medians_of_what_a_trick_adds():
@@ -510,7 +546,7 @@ def test_a_killed_run_goes_on_where_it_stopped(study):
 def test_two_processes_give_the_table_of_one_also_when_one_of_them_was_killed(study):
     one = ablate(study.build, study.tricks, **ONE, seeds=2, folder="one")
     Path("kill").touch()
-    with pytest.raises(RuntimeError, match="helps-seed1 .a process was killed before this was finished"):
+    with pytest.raises(RuntimeError, match="helps-seed1.* .a process was killed before this was finished"):
         ablate(study.build, study.tricks, **ONE, seeds=2, folder="two", processes=2)
     two = ablate(study.build, study.tricks, **ONE, seeds=2, folder="two", processes=2)
     assert scores(two) == scores(one)
@@ -557,6 +593,23 @@ def test_trials_of_a_launcher_write_the_tables_when_the_last_is_there(study):
     assert "An interval is unknown with fewer than 3 pairs" in str(ablation)
 
 
+def test_trials_that_fail_alike_are_named_together(study):
+    build = partial(full, study)
+    with pytest.raises(RuntimeError, match=r"2 of 6 trials failed: helps-seed1, helps-seed2 \(OSError: full\)\. The"):
+        ablate(build, study.tricks, **ONE, seeds=[1, 2])
+    text = Path("ablation/table.md").read_text()
+    assert "helps-seed1, helps-seed2 failed: OSError: full" in text
+
+
+def test_what_was_read_and_not_trained_is_said(study, monkeypatch):
+    said = []
+    monkeypatch.setattr("lightning_tricks.ablations.run.rank_zero_info", said.append)
+    ablate(study.build, study.tricks, **ONE, seeds=1)
+    assert said == []
+    ablate(study.build, study.tricks, **ONE, seeds=2)
+    assert said == ["ablate: 3 of 6 trials were read from ablation"]
+
+
 def test_the_peak_memory_of_a_trick_is_seen(study, monkeypatch):
     monkeypatch.setattr("lightning_tricks.ablations.training.gc", gc)
     if not os.access("/proc/self/clear_refs", os.W_OK):
@@ -598,6 +651,27 @@ def test_tricks_that_cannot_be_trained_are_refused_before_anything_is(study, tri
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.parametrize("trick", [lt.SnapshotEnsemble(2, directory="own"), lt.PostHocEMA(directory="own")])
+def test_a_trick_with_a_folder_of_its_own_is_refused_before_anything_is_made(study, trick):
+    for one in (trick, [Callback(), trick], lambda: trick):
+        with pytest.raises(ValueError, match="directory must be None, got 'own'. Leave it out: each trial has its own"):
+            ablate(study.build, {"a": one}, **SCORE, seeds=2)
+    assert {path.name for path in Path().iterdir()} <= {"study.py", "__pycache__"}
+
+
+def of_its_callbacks(study, seed, callbacks, logger):
+    trainer, *rest = study.build(seed, callbacks, logger)
+    trainer.fit_loop.max_epochs = 1 + len(callbacks)
+    return trainer, *rest
+
+
+def test_budgets_that_differ_are_refused_before_anything_is_trained(study):
+    words = r"^ablate: build must be .*, got {'baseline': {'max_epochs': 1}, 'all': {'max_epochs': 2}}. Nothing was"
+    with pytest.raises(ValueError, match=words):
+        ablate(partial(of_its_callbacks, study), {"helps": study.Help()}, **SCORE, seeds=2)
+    assert not Path("ablation").exists()
+
+
 @pytest.mark.slow
 def test_other_processes_refuse_before_anything_is_trained_too(study):
     with pytest.raises(RuntimeError, match=r"^ablate: 2 of 5 variants cannot be trained: all, all-but-draws"):
@@ -630,7 +704,7 @@ def test_a_rehearsal_leaves_nothing_behind(study):
     design = make_design("leave-one-out", list(tricks))
     plan = Plan(study.build, "", tricks, design, (0,), "val/score", "validate", Path("ablation"), None)
     random, files = torch.get_rng_state(), set(Path().rglob("*"))
-    assert rehearse(plan, "all-seed0") is None
+    assert rehearse(plan, "all-seed0")["max_epochs"] == 1
     assert seen == []
     assert set(Path().rglob("*")) == files
     assert torch.equal(torch.get_rng_state(), random)
@@ -657,6 +731,22 @@ ablate(build, {{"EMA": lt.EMA(0.5)}}, **{WEIGHT!r}, seeds=2, folder="two")
         f"{name}-seed{seed}": (pytest.approx(weight), 2) for name, weight in weights.items() for seed in (0, 1)
     }
     assert Path("two/table.md").is_file()
+
+
+def logs_to_its_own(study, seed, callbacks, logger):
+    own = WandbLogger(f"{len(callbacks)}-{seed}", "own", offline=True, project="tests")
+    return study.build(seed, callbacks, [*logger, own])
+
+
+def test_a_wandb_logger_of_the_users_own_has_a_run_of_each_trial(study):
+    ablation = ablate(partial(logs_to_its_own, study), {"helps": study.Help()}, **SCORE, seeds=2)
+    assert wandb.run is None
+    found = {}
+    for folder in runs(Path("own")):
+        rows, config = read_run(folder)
+        found[config["variant"], config["seed"]] = [row["val/score"] for row in rows if "val/score" in row][-1]
+    assert len(runs(Path("own"))) == 4  # a rehearsal leaves none
+    assert found == {(name, seed): pytest.approx(x) for name, of in scores(ablation).items() for seed, x in of.items()}
 
 
 def test_every_trial_is_a_run_of_the_group_in_wandb(study, tmp_path):
@@ -692,11 +782,91 @@ def test_other_settings_in_the_same_folder_are_refused(study):
         ablate(lambda *given: study.build(*given), study.tricks, **ONE, seeds=1)
 
 
+OF_ITS_FILE = """
+from functools import partial
+import torch
+from kit import loader, make_trainer
+from study import Planted
+
+HELD = {}
+
+def half():
+    return 0.5
+
+class Rate:
+    lr = 0.1
+
+    def __call__(self):
+        return half() if self else twice()
+
+class Net(Planted):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=Rate()())
+
+def twice():  # calls what calls it
+    return [half() for _ in range(2)] if HELD else Net
+
+def unused():
+    return 1
+
+def build(seed, callbacks, logger):
+    return make_trainer(callbacks, logger=logger, max_epochs=1), Net(seed), loader(8), loader(4), loader(4)
+
+class Builder:
+    def __call__(self, *given):
+        return build(*given)
+
+def held(build):
+    return lambda *given: build(*given)
+
+builds = {"function": build, "object": Builder(), "method": Builder().__call__, "partial": partial(build)}
+builds |= {"lambda": lambda *given: build(*given), "closure": held(build)}
+"""
+
+
+CHANGES = {"return 0.5": "return 0.4", "lr=Rate()()": "lr=1", "lr = 0.1": "lr = 0.2", "range(2)": "range(3)"}
+
+
+def typed_file(text):
+    """Its builds, as a shell or a notebook defines them."""
+    names = {"__name__": "typed"}
+    exec(text, names)
+    return names["builds"]
+
+
+@pytest.mark.parametrize("build", ["function", "object", "method", "partial", "lambda", "closure"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_build_calls_in_its_own_file_must_be_as_it_was(study, build, change):
+    before, again = typed_file(OF_ITS_FILE), typed_file(OF_ITS_FILE.replace("return 1", "return 2"))
+    after = typed_file(OF_ITS_FILE.replace(change, CHANGES[change]))
+    ablate(before[build], {"helps": study.Help()}, **SCORE, seeds=1, trials=["baseline-seed0"])
+    ablate(again[build], {"helps": study.Help()}, **SCORE, seeds=1, trials=[])
+    with pytest.raises(ValueError, match="^ablate: build must be what it was for the trials in the folder"):
+        ablate(after[build], {"helps": study.Help()}, **SCORE, seeds=1, trials=[])
+
+
+def test_a_method_that_was_replaced_is_another(study, monkeypatch):
+    before = fingerprint([study.build, *called(study.build)])
+    monkeypatch.setattr(study.Planted, "training_step", lambda self, batch: 0 * self.weight.sum())
+    assert fingerprint([study.build, *called(study.build)]) != before
+
+
 def test_another_budget_is_refused(study, monkeypatch):
     ablate(study.build, study.tricks, **ONE, seeds=1)
     monkeypatch.setattr(study, "EPOCHS", 2)
     with pytest.raises(RuntimeError, match=r"same budget, got .*'max_epochs': 2.*baseline-seed0 was trained with"):
         ablate(study.build, study.tricks, **ONE, seeds=2)
+
+
+def full(study, seed, callbacks, logger):
+    trainer, module, *data = study.build(seed, callbacks, logger)
+
+    def training_step(batch, batch_idx):
+        raise OSError("full")
+
+    if any(isinstance(callback, study.Help) for callback in callbacks):
+        module.training_step = training_step
+    return trainer, module, *data
 
 
 def without(name):
@@ -776,12 +946,12 @@ def test_a_score_that_is_not_finite_is_in_the_table_and_its_effect_unknown(study
     text = Path("ablation/table.md").read_text()
     assert text == str(ablation)
     assert "| helps | nan | nan | nan, nan, nan |" in text
-    assert "| helps | +nan | unknown | unknown |" in text
+    assert "| helps | diverged | unknown | unknown |" in text
     assert Path("ablation/forest.png").is_file()
     opposite = {"baseline": [math.inf, 0.0, 1.0], "a": [0.0, math.inf, 1.0]}
     design = make_design("one-at-a-time", ["a"])
     found = Ablation("x", "max", "one-at-a-time", results(opposite), find_effects(design, results(opposite), "max"))
-    assert "| a | +nan | unknown | unknown |" in str(found)
+    assert "| a | diverged | unknown | unknown |" in str(found)
     forest(found).savefig("forest.png")
 
 

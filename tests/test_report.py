@@ -187,6 +187,42 @@ def test_thousands_of_rows_with_gaps_are_read_as_a_loop_reads_them(tmp_path):
     assert "note is left out, since it holds no plain numbers." in run.notes[1]
 
 
+@pytest.mark.parametrize("first", ["step,loss", "loss,step"])
+def test_a_table_that_a_spreadsheet_saved_is_read(first, tmp_path):
+    (tmp_path / "metrics.csv").write_text(f"{first}\n1,1\n2,2\n", encoding="utf-8-sig")
+    assert read_runs("report", tmp_path)[0].series == {"loss": {1: 1, 2: 2}}
+
+
+def test_cells_that_hold_no_numbers_are_named_and_the_others_read(tmp_path):
+    rows = ["step,a,b,c", "0,0.5,True,x", "1,n/a,1,y", "2,0.3,,", *(f"{step},error,," for step in range(3, 9))]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    (run,) = read_runs("report", tmp_path)
+    assert run.series == {"a": {0: 0.5, 2: 0.3}, "b": {1: 1}}
+    assert [note.partition("metrics.csv: ")[2] for note in run.notes] == [
+        "of a these are no numbers, and left out: 'n/a' (step 1), 'error' (step 3), 'error' (step 4), ... (7).",
+        "of b these are no numbers, and left out: 'True' (step 0).",
+        "c is left out, since it holds no plain numbers.",
+    ]
+
+
+def test_of_columns_of_one_name_the_last_is_shown_and_that_is_said(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,loss,loss,epoch\n0,1,2,0\n1,3,4,0\n")
+    (run,) = read_runs("report", tmp_path)
+    assert run.series == {"loss": {0: 2, 1: 4}}
+    assert run.notes == (f"{tmp_path / 'metrics.csv'}: of several columns named loss the last is shown.",)
+
+
+def test_an_empty_log_among_others_is_left_out_and_said(tmp_path):
+    write_log(tmp_path / "a", [{"step": 0, "loss": 1}, {"step": 1, "loss": 2}])
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.csv").touch()
+    text = text_of(report(tmp_path, tmp_path / "report.html"))
+    assert f"{tmp_path / 'b' / 'metrics.csv'} is empty, and left out." in text.partition("Left out")[2]
+    for alone in (tmp_path / "b", tmp_path / "b" / "metrics.csv", [tmp_path / "a", tmp_path / "b"]):
+        with pytest.raises(ValueError, match=re.escape(f"got '{tmp_path / 'b' / 'metrics.csv'}'. It is empty")):
+            report(alone)
+
+
 def test_settings_with_a_tag_of_the_users_own_are_read_and_said(tmp_path):
     write_log(tmp_path / "run", [{"step": 0, "loss": 1}])
     (tmp_path / "run" / "hparams.yaml").write_text("lr: !Rate 0.5\nnet: !Net {depth: 3}\nseeds: !Rate [1, 2]\n")

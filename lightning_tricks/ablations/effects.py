@@ -1,7 +1,7 @@
 """What the trials of an ablation say: means, paired differences with their intervals, costs."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median, stdev
 from typing import Literal
@@ -11,6 +11,8 @@ from lightning_tricks.ablations.trials import Result
 from lightning_tricks.functional.bootstrap import LEAST, bootstrap_interval
 
 UNKNOWN = (-math.inf, math.inf)
+DRAWS = 2_000_000
+"""Values that an interval draws: its ends come within 1 % of its half width of those of endlessly many."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,15 @@ def signed(value: float, effect: Effect) -> str:
     """A difference with its sign, no more exact than the second digit of its interval's width.
 
     Args:
-        value: on the scale of the effect's differences.
+        value: on the scale of the effect's differences; nan where a training diverged.
         effect: which has the interval.
     Example:
         >>> effect = Effect((0.0,), (-0.00305, 0.0031), time=0.0, memory=None, helps=None)
         >>> signed(0.000333, effect), signed(-0.00305, effect)
         ('+0.0003', '-0.0031')
     """
+    if math.isnan(value):
+        return "diverged"
     width = effect.interval[1] - effect.interval[0]
     decimals = 1 - math.floor(math.log10(width)) if 0 < width < math.inf else -1
     if not 0 <= decimals <= 6:
@@ -137,8 +141,23 @@ def notes(ablation: Ablation) -> Iterator[str]:
     if ablation.unfinished:
         count = len(ablation.unfinished)
         yield f"{count} trial{'s are' if count > 1 else ' is'} unfinished: {', '.join(ablation.unfinished)}."
-    for trial, error in ablation.failed.items():
-        yield f"{trial} failed: {error}"
+    for error, trials in by_text(ablation.failed).items():
+        yield f"{', '.join(trials)} failed: {error}"
+
+
+def by_text(errors: Mapping[str, str]) -> dict[str, list[str]]:
+    """What failed with each error.
+
+    Args:
+        errors: name -> error.
+    Example:
+        >>> by_text({"a": "no memory", "b": "no data", "c": "no memory"})
+        {'no memory': ['a', 'c'], 'no data': ['b']}
+    """
+    found: dict[str, list[str]] = {}
+    for name, error in errors.items():
+        found.setdefault(error, []).append(name)
+    return found
 
 
 def find_effects(
@@ -168,7 +187,7 @@ def _effect(weights: Mapping[str, float], seeds: list[dict[str, Result]], mode: 
     """One comparison, from what each seed came to."""
 
     def contrast(quantity: Callable[[Result], float]) -> list[float]:
-        return [sum(weight * quantity(runs[variant]) for variant, weight in weights.items()) for runs in seeds]
+        return [_sum(weight * quantity(runs[variant]) for variant, weight in weights.items()) for runs in seeds]
 
     scores = contrast(lambda run: run.score)
     varied = any(len({runs[variant].score for runs in seeds}) > 1 for variant in weights)
@@ -179,6 +198,14 @@ def _effect(weights: Mapping[str, float], seeds: list[dict[str, Result]], mode: 
     told = all(runs[variant].memory is not None for runs in seeds for variant in weights)
     memory = median(contrast(lambda run: run.memory or 0)) if told else None
     return Effect(tuple(scores), (low, high), median(times), memory, better)
+
+
+def _sum(terms: Iterable[float]) -> float:
+    """Exact, so that what cancels leaves 0; nan where nothing can be said."""
+    try:
+        return math.fsum(terms)
+    except (OverflowError, ValueError):  # of numbers around 1e308, and of inf - inf
+        return math.nan
 
 
 def _mean(numbers: Sequence[float]) -> float:
@@ -194,4 +221,4 @@ def _interval(scores: list[float]) -> tuple[float, float]:
     """Nothing is known of too few seeds, nor of a training that diverged."""
     if len(scores) < LEAST or not all(map(math.isfinite, scores)):
         return UNKNOWN
-    return bootstrap_interval(scores)
+    return bootstrap_interval(scores, resamples=max(10_000, DRAWS // len(scores)))

@@ -1,12 +1,14 @@
 """What a function or an object is, as a short text that is the same in every process."""
 
+import dis
 import enum
 import hashlib
 import inspect
 import json
 import sys
-from functools import lru_cache
-from types import CellType, CodeType, FunctionType, ModuleType
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -20,8 +22,8 @@ PLAIN = (bool, int, float, complex, str, type(None), type(...), enum.Enum)
 def fingerprint(item: Any) -> str:
     """Shorten what an object is made of.
 
-    Of a function: its source, defaults and closure; not the functions it calls and the global names it reads. Of other
-    objects: the source of their class, and all that pickle would keep of them.
+    Of a function: its source, defaults and closure; not the functions it calls (`called` tells them) and the global
+    names it reads. Of other objects: the source of their class, and all that pickle would keep of them.
 
     Args:
         item: anything.
@@ -34,6 +36,49 @@ def fingerprint(item: Any) -> str:
         (True, False)
     """
     return _digest(json.dumps(_described(item, ())).encode())
+
+
+def called(item: Any) -> list[Any]:
+    """What a function calls by a global name, as far as that is defined in its own file, and what that calls.
+
+    Args:
+        item: a function, or what holds it: a method, a partial, a closure, an object that can be called.
+    Returns:
+        Classes, and the code of functions and of the classes' methods.
+    """
+    found: dict[Any, None] = {}
+    todo = [item]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, partial):
+            todo.append(item.func)
+        elif isinstance(item, MethodType):
+            todo += [item.__func__, item.__self__]
+        elif isinstance(item, type):
+            if item not in found and not _is_library(item):
+                found[item] = None
+                todo += [base for base in item.__bases__ if base.__module__ == item.__module__]
+                todo += [member for _, member in _members(item)]
+        elif not isinstance(item, FunctionType):
+            todo.append(getattr(item, "__wrapped__", type(item)))
+        elif item.__code__ not in found and not _is_library(item):
+            found[item.__code__] = None
+            cells = [cell.cell_contents for cell in item.__closure__ or () if cell != CellType()]
+            others = [*cells, *(item.__globals__.get(name) for name in _globals(item.__code__))]
+            todo += [other for other in others if callable(other) and _module(other) == _module(item)]
+    return list(found)
+
+
+def _module(item: Any) -> str | None:
+    return getattr(item, "__module__", None)
+
+
+def _globals(code: CodeType) -> Iterator[str]:
+    """The global names that it and the functions inside of it read."""
+    yield from (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _globals(inner)
 
 
 def _is_library(item: Any) -> bool:

@@ -3,7 +3,7 @@
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -15,9 +15,11 @@ from threading import Thread
 from typing import Any, Literal, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_tricks.ablations.designs import ALL, BASELINE, WITHOUT, Kind, make_design
-from lightning_tricks.ablations.effects import Ablation, find_effects
+from lightning_tricks.ablations.effects import Ablation, by_text, find_effects
+from lightning_tricks.ablations.fingerprints import called
 from lightning_tricks.ablations.pictures import answer, forest
 from lightning_tricks.ablations.training import is_first_rank, rehearse, run_trial
 from lightning_tricks.ablations.trials import (
@@ -38,8 +40,8 @@ from lightning_tricks.reports.summary import Mode
 
 TABLE, FOREST, REPORT = "table.md", "forest.png", "report.html"
 MOST_SEED = 2**32 - 1
-Call: TypeAlias = Callable[[Plan, str], str | None]
-"""(plan, id of a trial) -> what went wrong."""
+Call: TypeAlias = Callable[[Plan, str], Any]
+"""(plan, id of a trial) -> what came of it, a text where it went wrong."""
 
 
 def ablate(
@@ -59,10 +61,15 @@ def ablate(
     """Train with and without each trick, at the same seeds and budget, and say what each does and costs.
 
     Before anything is trained, every variant is set up as far as its first batch: tricks that cannot live together say
-    so at once, and not hours later. A trial seeds everything, calls `build`, fits, and evaluates the weights that `fit`
-    left. Its result is a small file in `folder`, written when it is whole: a call after a kill, an error, or with more
-    seeds trains only what is missing (a trial that was in the middle begins anew). Afterwards `folder` has `table.md`,
-    `forest.png`, `report.html` and a CSV log for each trial.
+    so at once, and not hours later. So `build`, `setup` and `on_train_start` of every variant run once more, without
+    `on_train_end`: what they do outside of the training (a file, a global setting), they do once more and do not undo.
+
+    A trial seeds everything, calls `build`, fits, and evaluates the weights that `fit` left. Its result is a small file
+    in `folder`, written when it is whole: a call after a kill, an error, or with more seeds trains only what is missing
+    (a trial that was in the middle begins anew). Afterwards `folder` has `table.md`, `forest.png`, `report.html` and a
+    CSV log for each trial. A folder whose trials had other tricks or another `build` is refused, and so is one after a
+    change of the functions and classes that `build` calls by their names, if they are in its own file. Global values
+    and what other files define are not compared: after a change there, give another folder.
 
     Args:
         build: (seed, callbacks, logger) -> (trainer, module, train_loader, val_loader, test_loader), or one datamodule
@@ -102,11 +109,14 @@ def ablate(
     new_figure("ablate", (1, 1))  # what is missing is said before the hours, not after them
     todo = [trial for trial in plan.trials if plan.read(trial) is None and trial in chosen]
     plan.check_metric()
+    read = sum(plan.read(trial) is not None for trial in plan.trials)
+    if read:
+        rank_zero_info(f"ablate: {read} of {len(plan.trials)} trials were read from {plan.folder}")
     ablation = _read(plan, mode, design, _run(plan, todo, processes))
     if is_first_rank() and (trials is None or not ablation.unfinished):
         _write(ablation, plan.folder)
     if ablation.failed:
-        some = "; ".join(f"{trial} ({error})" for trial, error in ablation.failed.items())
+        some = "; ".join(f"{', '.join(alike)} ({error})" for error, alike in by_text(ablation.failed).items())
         raise RuntimeError(
             f"ablate: {len(ablation.failed)} of {len(plan.trials)} trials failed: {some}. The traces are in error.txt"
             f" of each one's folder in {plan.folder / TRIALS}. The others are kept; the next call tries these again."
@@ -156,7 +166,7 @@ def _planned(
         fix = "Give another, which need not exist"
         raise ValueError(message("ablate", "folder", "a folder, and none of the files", str(place), fix))
     laid_out = make_design(design, list(tricks))
-    version = find_fingerprint("build", build)
+    version = find_fingerprint("build", [build, *called(build)])
     return Plan(build, version, dict(tricks), laid_out, _seeds(seeds), metric, evaluate, place, project)
 
 
@@ -195,24 +205,35 @@ def _run(plan: Plan, todo: Sequence[str], processes: int) -> dict[str, str]:
         firsts.setdefault(plan.trials[trial][0], trial)
     with _caller(plan, min(processes, len(todo))) as call:
         # One variant alone refuses as soon as it is trained.
-        refused = call(rehearse, list(firsts.values())) if len(firsts) > 1 else {}
+        rehearsed = call(rehearse, list(firsts.values())) if len(firsts) > 1 else {}
+        refused = {trial: error for trial, error in rehearsed.items() if isinstance(error, str)}
         if refused:
-            alike: dict[str, list[str]] = {}
-            for trial, error in refused.items():
-                alike.setdefault(error, []).append(plan.trials[trial][0])
+            alike = by_text({plan.trials[trial][0]: error for trial, error in refused.items()})
             some = "; ".join(f"{', '.join(variants)} ({error})" for error, variants in alike.items())
             raise RuntimeError(
                 f"ablate: {len(refused)} of {len(firsts)} variants cannot be trained: {some}. The traces are in"
                 f" error.txt of {', '.join(refused)} in {plan.folder / TRIALS}. Nothing was trained."
             )
-        return call(run_trial, todo)
+        _check_budgets({plan.trials[trial][0]: budget for trial, budget in rehearsed.items()})
+        return {trial: error for trial, error in call(run_trial, todo).items() if error is not None}
+
+
+def _check_budgets(budgets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise unless all variants train as long."""
+    for variant, budget in budgets.items():
+        first, other = next(iter(budgets.items()))
+        names = [name for name, value in budget.items() if value != other[name]]
+        if names:
+            got = {each: {name: budgets[each][name] for name in names} for each in (first, variant)}
+            fix = "Nothing was trained: let it give the Trainer the same whatever the callbacks are"
+            raise ValueError(message("ablate", "build", "one that gives all trials the same budget", got, fix))
 
 
 @contextmanager
-def _caller(plan: Plan, processes: int) -> Iterator[Callable[[Call, Sequence[str]], dict[str, str]]]:
-    """What calls a function with each of some trials, and returns id -> error: here, or in new processes."""
+def _caller(plan: Plan, processes: int) -> Iterator[Callable[[Call, Sequence[str]], dict[str, Any]]]:
+    """What calls a function with each of some trials, and returns id -> what came of it: here, or in new processes."""
     if processes <= 1:
-        yield lambda call, trials: _errors((trial, call(plan, trial)) for trial in trials)
+        yield lambda call, trials: {trial: call(plan, trial) for trial in trials}
         return
     try:
         pickle.dumps(plan)
@@ -239,22 +260,17 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _in_pool(pool: ProcessPoolExecutor, plan: Plan, call: Call, trials: Sequence[str]) -> dict[str, str]:
-    def outcomes() -> Iterator[tuple[str, str | None]]:
-        for trial, future in [(trial, pool.submit(call, plan, trial)) for trial in trials]:
-            try:
-                yield trial, future.result()
-            except BrokenProcessPool:
-                yield trial, None if plan.read(trial) else "a process was killed before this was finished"
-            except ValueError:  # no trial will measure the metric
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    return _errors(outcomes())
-
-
-def _errors(outcomes: Iterable[tuple[str, str | None]]) -> dict[str, str]:
-    return {trial: error for trial, error in outcomes if error is not None}
+def _in_pool(pool: ProcessPoolExecutor, plan: Plan, call: Call, trials: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for trial, future in [(trial, pool.submit(call, plan, trial)) for trial in trials]:
+        try:
+            found[trial] = future.result()
+        except BrokenProcessPool:
+            found[trial] = None if plan.read(trial) else "a process was killed before this was finished"
+        except ValueError:  # no trial will measure the metric
+            pool.shutdown(cancel_futures=True)
+            raise
+    return found
 
 
 # ---------------------------------------------------------------------- what came of it

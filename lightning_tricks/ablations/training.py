@@ -6,8 +6,8 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_tricks.ablations.trials import RESULT, TRIALS, Plan
 from lightning_tricks.callbacks.run_folder import write_whole
 from lightning_tricks.functional.checks import message
-from lightning_tricks.loggers import trial_logger
+from lightning_tricks.loggers import finish_runs, silence_runs, trial_logger
 
 TRACE = "error.txt"
 BUDGET = ("max_epochs", "max_steps", "min_epochs", "min_steps", "accumulate_grad_batches", "limit_train_batches")
@@ -54,17 +54,18 @@ def run_trial(plan: Plan, trial: str) -> str | None:
         folder.mkdir(parents=True)
     with _seeded(plan.trials[trial][1]):
         try:
-            stored = _run(plan, trial)
+            stored, wait = _run(plan, trial)
         except Exception as error:
             return _traced(folder, error)
     if is_first_rank():
         text = json.dumps(stored, indent=1).encode()
         write_whole(folder / RESULT, lambda file: file.write(text))
+    wait()  # or another rank would read what is not written yet
     plan.check_metric(stored)
     return None
 
 
-def rehearse(plan: Plan, trial: str) -> str | None:
+def rehearse(plan: Plan, trial: str) -> dict[str, Any] | str:
     """Begin to train and to evaluate, and stop before the first batch of each: what refuses, refuses here.
 
     The random state stays as it is. Files are left by what makes them at its beginning, in a folder of its own choice.
@@ -73,13 +74,15 @@ def rehearse(plan: Plan, trial: str) -> str | None:
         plan: of the ablation.
         trial: its id.
     Returns:
-        What went wrong, as `run_trial` tells it.
+        The budget it would have; or what went wrong, as `run_trial` tells it.
     """
     variant, seed = plan.trials[trial]
     rank_zero_info(f"ablate: sets up {variant}, to see whether it can be trained")
-    with TemporaryDirectory() as folder, _seeded(seed):
+    with TemporaryDirectory() as folder, _seeded(seed), ExitStack() as ends:
         try:
-            trainer, module, data, _ = _made(plan, trial, [CSVLogger(folder, name=TRIALS, version=trial)])
+            trainer, module, data, budget = _made(plan, trial, [CSVLogger(folder, name=TRIALS, version=trial)])
+            silence_runs(trainer.loggers)
+            ends.callback(finish_runs, trainer.loggers)
             # All `on_train_start` are called; of the evaluation nothing that may rest on a training.
             stop = LambdaCallback(on_train_epoch_start=_stop, on_validation_start=_stop, on_test_start=_stop)
             trainer.callbacks.insert(0, stop)
@@ -87,7 +90,7 @@ def rehearse(plan: Plan, trial: str) -> str | None:
             _measured(plan, trainer, module, data)
         except Exception as error:
             return _traced(plan.folder / TRIALS / trial, error)
-    return None
+    return budget
 
 
 def _stop(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -103,21 +106,20 @@ def _traced(folder: Path, error: Exception) -> str:
     return f"{type(error).__name__}: {first}"
 
 
-def _run(plan: Plan, trial: str) -> dict[str, Any]:
+def _run(plan: Plan, trial: str) -> tuple[dict[str, Any], Callable[[], None]]:
+    """What is to be stored, and what waits for all ranks."""
     loggers: list[Logger] = [CSVLogger(plan.folder, name=TRIALS, version=trial)]
     group = plan.folder.resolve().name
-    online = None if plan.project is None else trial_logger(plan.project, group, trial, plan.folder)
-    if online is not None:
-        loggers.append(online)
-    try:
+    if plan.project is not None:
+        loggers.append(trial_logger(plan.project, group, trial, plan.folder))
+    with ExitStack() as ends:
+        ends.callback(finish_runs, loggers)
         trainer, module, data, budget = _made(plan, trial, loggers)
+        ends.callback(finish_runs, trainer.loggers)
         for logger in trainer.loggers:
             logger.log_hyperparams(dict(zip(("variant", "seed"), plan.trials[trial], strict=True)))
         measured = _measured(plan, trainer, module, data)
-    finally:
-        if online is not None:
-            online.experiment.finish()  # or the next trial would go on in this run
-    return {"settings": plan.settings(trial), "budget": budget, **measured}
+    return {"settings": plan.settings(trial), "budget": budget, **measured}, trainer.strategy.barrier
 
 
 @contextmanager

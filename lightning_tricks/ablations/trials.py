@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import Logger
 
 from lightning_tricks.ablations.designs import Design
 from lightning_tricks.ablations.fingerprints import fingerprint
+from lightning_tricks.callbacks.post_hoc_ema import PostHocEMA
+from lightning_tricks.callbacks.snapshot_ensemble import SnapshotEnsemble
 from lightning_tricks.functional.checks import message
 
 Build: TypeAlias = Callable[[int, list[Callback], list[Logger]], tuple[Any, ...]]
@@ -81,7 +83,8 @@ class Plan:
         for key, value in self.settings(trial).items():
             other = stored["settings"].get(key)
             if json.dumps(other) != json.dumps(value):  # as text: a nan is equal to itself
-                fix = f"It has changed since {trial} was trained: give another folder, or delete {path.parent}"
+                fix = f"It or what it calls has changed since {trial} was trained"
+                fix = f"{fix}: give another folder, or delete {path.parent}"
                 got = f"{value!r} beside {other!r}"
                 raise ValueError(message("ablate", key, "what it was for the trials in the folder", got, fix))
         return stored
@@ -161,8 +164,14 @@ def describe_trick(trick: Trick) -> list[Any]:
         trick: as `make_callbacks` takes it.
     Raises:
         TypeError: something else, or what cannot be compared with a later one.
+        ValueError: a folder of its own, which would be that of all trials.
     """
-    described = [_described(callback) for callback in make_callbacks(trick)]
+    made = make_callbacks(trick)
+    for callback in made:
+        if isinstance(callback, (PostHocEMA, SnapshotEnsemble)) and callback.directory is not None:
+            fix = "Leave it out: each trial has its own"
+            raise ValueError(message("ablate", f"{type(callback).__name__}.directory", "None", callback.directory, fix))
+    described = [_described(callback) for callback in made]
     return json.loads(json.dumps(described, default=_text))  # type: ignore[no-any-return]
 
 

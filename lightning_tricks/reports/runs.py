@@ -91,13 +91,14 @@ def _read_below(owner: str, path: Path, group: str | None) -> list[Run]:
     logs = _below(path, "metrics.csv")
     offline = _below(path, FILES)
     if logs:
-        runs = [_read_csv(owner, log, group) for log in logs]
+        full = [log for log in logs if log.stat().st_size]
+        runs = [_read_csv(owner, log, group) for log in full or logs[:1]]
+        words = [f"{log} is empty, and left out." for log in logs if log not in full]
         if offline:
-            word = (
+            words.append(
                 f"{len(offline)} W&B run(s) below {path} are left out, since CSV logs are there too: give their folder."
             )
-            runs[0] = replace(runs[0], notes=(*runs[0].notes, word))
-        return runs
+        return [replace(runs[0], notes=(*runs[0].notes, *words)), *runs[1:]]
     if not offline:
         raise ValueError(message(owner, "runs", "folders with a log", str(path), WHERE))
     # A resumed run has a folder for each of its parts; the id, which both names end with, is the same.
@@ -125,27 +126,33 @@ def _told_apart(runs: list[Run]) -> list[Run]:
 
 def _read_csv(owner: str, path: Path, group: str | None) -> Run:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # with the mark that spreadsheets write
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(message(owner, "runs", "files that can be read", str(path), f"{error}")) from error
+    if not text:
+        fix = "It is empty: nothing was logged, or nothing yet"
+        raise ValueError(message(owner, "runs", "logs that hold something", str(path), fix))
     notes = []
     lines = text.splitlines()
     if len(lines) > 1 and not text.endswith("\n"):
         lines.pop()
         notes.append(f"{path}: its last row was cut off, and is left out.")
-    columns, lost = _csv_columns(owner, path, lines)
+    columns, lost, twice = _csv_columns(owner, path, lines)
     if lost:
         shown = ", ".join(map(str, lost[:10])) + (", ..." if lost[10:] else "")
         notes.append(f"{path}: {len(lost)} damaged line(s) are left out: {shown}.")
-    series, strange = _numbers(columns)
-    notes += [f"{path}: {key} is left out, since it holds no plain numbers." for key in strange]
+    series, words = _numbers(columns)
+    notes += [f"{path}: {word}" for word in words]
+    notes += [f"{path}: of several columns named {key} the last is shown." for key in twice]
     settings, note = _hparams(owner, path.parent)
     return Run(path.parent.absolute().name, path.parent, series, settings, group, (*notes, *note))
 
 
-def _csv_columns(owner: str, path: Path, lines: list[str]) -> tuple[dict[str, Iterable[tuple[int, str]]], list[int]]:
-    """Steps with their texts for each key, and the numbers of the lines that are none."""
+def _csv_columns(
+    owner: str, path: Path, lines: list[str]
+) -> tuple[dict[str, Iterable[tuple[int, str]]], list[int], list[str]]:
+    """Steps with their texts for each key, the numbers of the lines that are none, and keys of several columns."""
     # What a machine that lost power leaves; csv of Python 3.10 stops at it.
     reader = csv.reader(["damaged" if "\0" in line else line for line in lines])
     steps: list[int] = []
@@ -176,7 +183,9 @@ def _csv_columns(owner: str, path: Path, lines: list[str]) -> tuple[dict[str, It
         fix = "It was damaged, or written by another program"
         raise ValueError(message(owner, "runs", "tables with a step and one value a column", where, fix))
     named = {key: texts for key, texts in zip(head, columns, strict=True) if key not in ("step", "epoch")}
-    return {key: zip(compress(steps, texts), filter(None, texts), strict=True) for key, texts in named.items()}, lost
+    cells: dict[str, Iterable[tuple[int, str]]]
+    cells = {key: zip(compress(steps, texts), filter(None, texts), strict=True) for key, texts in named.items()}
+    return cells, lost, [key for key in dict.fromkeys(head) if head.count(key) > 1]
 
 
 def _step(text: str) -> int | None:
@@ -244,8 +253,8 @@ def _read_offline(owner: str, files: list[Path], group: str | None) -> Run:
         name = part.name or name
         if part.cut_off:
             notes.append(f"{file}: the run is not finished or was killed; what it had written by then is shown.")
-    series, strange = in_steps(rows)
-    notes += [f"{files[0]}: {key} is left out, since it holds no plain numbers." for key in strange]
+    series, words = in_steps(rows)
+    notes += [f"{files[0]}: {word}" for word in words]
     return Run(name, files[-1].parent, series, settings, group, tuple(notes))
 
 
@@ -255,10 +264,10 @@ def in_steps(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[dict[str, S
     Args:
         rows: step and what was logged there, in the order of writing.
     Returns:
-        Key -> step -> value, the last one written at a step, and the keys that hold something else than numbers.
+        Key -> step -> value, the last one written at a step, and sentences on what is left out.
     Example:
         >>> in_steps([(4, {"loss": "0.5"}), (2, {"loss": 1, "text": "abc"}), (4, {"loss": 0.25})])
-        ({'loss': {2: 1.0, 4: 0.25}}, ['text'])
+        ({'loss': {2: 1.0, 4: 0.25}}, ['text is left out, since it holds no plain numbers.'])
     """
     columns: dict[str, list[tuple[int, Any]]] = {}
     for step, row in rows:
@@ -268,15 +277,23 @@ def in_steps(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[dict[str, S
 
 
 def _numbers(columns: Mapping[str, Iterable[tuple[int, Any]]]) -> tuple[dict[str, Series], list[str]]:
-    """The columns that hold only numbers, in the order of their steps, and the names of the others."""
+    """The numbers of each column in the order of their steps, and sentences on what is none."""
     series: dict[str, Series] = {}
-    strange = []
+    notes = []
     for key in sorted(columns, key=natural):
-        try:
-            found = {step: float(value) for step, value in columns[key]}
-        except (TypeError, ValueError):
-            strange.append(key)
-            continue
+        found: dict[int, float] = {}
+        others = []
+        for step, value in columns[key]:
+            try:
+                found[step] = float(value)
+            except (TypeError, ValueError):
+                others.append((step, value))
         if found:
             series[key] = {step: found[step] for step in sorted(found)}
-    return series, strange
+        if found and others:
+            shown = ", ".join(f"{value!r} (step {step})" for step, value in others[:3])
+            shown += f", ... ({len(others)})" if others[3:] else ""
+            notes.append(f"of {key} these are no numbers, and left out: {shown}.")
+        elif others:
+            notes.append(f"{key} is left out, since it holds no plain numbers.")
+    return series, notes
