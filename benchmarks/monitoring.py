@@ -29,7 +29,7 @@ from schedules import Tiny, _in_turns
 from torch import nn
 
 import lightning_tricks as lt
-from lightning_tricks.callbacks.step_sums import SUMS, StepSums, WeightCopies, layer_values, told
+from lightning_tricks.callbacks.step_sums import SUMS, StepSums, WeightCopies, layer_values, to_host
 from lightning_tricks.functional import tensor_norms
 from lightning_tricks.loggers import log_scalars
 
@@ -84,7 +84,7 @@ class _Ours:
         self.step()
         self.copies.subtract()
         sums.add_update(self.copies, None)
-        names, numbers = list(sums.sums), told(list(sums.sums.values()))
+        names, numbers = list(sums.sums), to_host(list(sums.sums.values()))
         each = sums.of_each(dict(zip(names, numbers, strict=True)))
         return layer_values(zip(layers, each, strict=True), MEASURES)
 

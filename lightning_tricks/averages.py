@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_tricks.callbacks.average_checkpoint import BESIDE, EXTRA, NAMES, RAW
-from lightning_tricks.callbacks.averages import plain_name
 from lightning_tricks.callbacks.weights import named_weights
 from lightning_tricks.functional.checks import message
-from lightning_tricks.functional.slots import weight_slots
+from lightning_tricks.functional.slots import plain_name, weight_slots
 
 Module = TypeVar("Module", bound=nn.Module)
 Part = Callable[[], tuple[Mapping[str, Any], Mapping[str, Tensor]]]

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_tricks.functional.activations import statistics, sums
 from lightning_tricks.functional.checks import check_count, check_flag, check_number, message
+from lightning_tricks.functional.slots import plain_name
 from lightning_tricks.rollback import Rollback
 
 Result = TypeVar("Result")
@@ -56,7 +57,7 @@ class InitializedLayers:
     """
 
     rows: tuple[InitializedLayer, ...]
-    left: Mapping[str, str] = field(default_factory=dict)
+    left: Mapping[str, str]
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(row.layer) for row in self.rows))
@@ -158,7 +159,7 @@ def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
     for full, child in model.named_modules():
         if not isinstance(child, LAYERS):
             continue
-        name = ".".join(part for part in full.split(".") if part != "_orig_mod") or "model"
+        name = plain_name(full) or "model"
         weight: Any = child._parameters.get("weight")
         if isinstance(weight, nn.UninitializedParameter):
             fix = "Call the model on the batch once, so that it takes its shape"

@@ -183,9 +183,7 @@ def log_settings(callback: pl.Callback, trainer: pl.Trainer) -> None:
         callback: the callback that calls.
         trainer: its trainer.
     """
-    package = __name__.partition(".")[0]
-    tricks = [other for other in trainer.callbacks if any(_is_from(package, base) for base in type(other).__mro__)]
-    tricks = [other for other in tricks if not isinstance(other, _Rows)]
+    tricks = [other for other in trainer.callbacks if _is_trick(other)]
     if not tricks or tricks[-1] is not callback:
         return
     config: dict[str, Any] = {}
@@ -212,8 +210,9 @@ def _declare_metrics(trainer: pl.Trainer) -> None:
             run.define_metric(monitor, summary=summary, step_metric="trainer/global_step", step_sync=True)
 
 
-def _is_from(package: str, kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == package
+def _is_trick(callback: pl.Callback) -> bool:
+    ours = any(base.__module__.startswith("lightning_tricks.") for base in type(callback).__mro__)
+    return ours and not isinstance(callback, _Rows)
 
 
 def log_picture(trainer: pl.Trainer, name: str, picture: Any, png: bytes, folder: str) -> None:

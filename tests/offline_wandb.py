@@ -30,25 +30,24 @@ def _records(data: bytes) -> Any:
             parts = b""
 
 
-def _finished(path: Path, patience: float = 60.0) -> list[wandb_internal_pb2.Record]:
-    """All records of a run, once its last is there: W&B writes them from another process."""
+def _finished(folder: Path, patience: float = 60.0) -> list[wandb_internal_pb2.Record]:
+    """All records of a run, once its last is there: W&B writes them from another process, the file itself too."""
     end = time.monotonic() + patience
     while True:
         records = []
-        for payload in _records(path.read_bytes()):
+        for payload in (payload for path in folder.glob("*.wandb") for payload in _records(path.read_bytes())):
             records.append(wandb_internal_pb2.Record())
             records[-1].ParseFromString(payload)
         if any(record.WhichOneof("record_type") == "exit" for record in records):
             return records
-        assert time.monotonic() < end, f"the run was not finished: {path}"
+        assert time.monotonic() < end, f"the run was not finished: {folder}"
         time.sleep(0.05)
 
 
 def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows in the order they were logged, and the configuration."""
-    (path,) = folder.glob("*.wandb")
     rows, config = [], {}
-    for record in _finished(path):
+    for record in _finished(folder):
         kind = record.WhichOneof("record_type")
         if kind == "history":
             items = record.history.item
@@ -60,15 +59,13 @@ def read_run(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def read_metrics(folder: Path) -> dict[str, Any]:
     """What was said of metrics, by their names."""
-    (path,) = folder.glob("*.wandb")
-    records = [record.metric for record in _finished(path) if record.WhichOneof("record_type") == "metric"]
+    records = [record.metric for record in _finished(folder) if record.WhichOneof("record_type") == "metric"]
     return {record.name or record.glob_name: record for record in records}
 
 
 def read_alerts(folder: Path) -> list[tuple[str, str, str]]:
     """Title, text and level of each alert."""
-    (path,) = folder.glob("*.wandb")
-    alerts = [record.alert for record in _finished(path) if record.WhichOneof("record_type") == "alert"]
+    alerts = [record.alert for record in _finished(folder) if record.WhichOneof("record_type") == "alert"]
     return [(alert.title, alert.text, alert.level) for alert in alerts]
 
 

@@ -130,7 +130,9 @@ def trial_ids(tricks: Mapping[str, Trick], seeds: int | Sequence[int], design: K
     Args:
         tricks, seeds, design: as `ablate` takes them.
     """
-    return list(_planned(make_design, tricks, "", "min", seeds, design, "", "validate", None).trials)
+    _check_tricks(tricks)
+    variants = make_design(design, list(tricks)).variants
+    return [trial_id(name, seed) for seed in _seeds(seeds) for name in variants]
 
 
 def _planned(
@@ -140,14 +142,7 @@ def _planned(
     if not callable(build):
         fix = "Give a function (seed, callbacks, logger) -> (trainer, module, data...)"
         raise TypeError(message("ablate", "build", "a function", build, fix))
-    if not isinstance(tricks, Mapping) or not tricks:
-        fix = "Such as {'EMA': lt.EMA(0.999)}"
-        raise TypeError(message("ablate", "tricks", "a dict of name -> callbacks with one trick or more", tricks, fix))
-    for name, trick in tricks.items():
-        if not re.fullmatch(r"[\w.-]+", str(name)) or name in (BASELINE, ALL) or str(name).startswith(WITHOUT):
-            fix = f"They are parts of files' names; {BASELINE!r}, {ALL!r} and {WITHOUT + '...'!r} are taken"
-            raise ValueError(message("ablate", "tricks", "named with letters, digits, '_', '.' and '-'", name, fix))
-        describe_trick(trick)
+    _check_tricks(tricks)
     for argument, value, words, fix in (
         ("mode", mode, ("min", "max"), "Say what of the metric is better"),
         ("evaluate", evaluate, ("validate", "test"), "Say which of the data the metric comes from"),
@@ -168,6 +163,17 @@ def _planned(
     laid_out = make_design(design, list(tricks))
     version = find_fingerprint("build", [build, *called(build)])
     return Plan(build, version, dict(tricks), laid_out, _seeds(seeds), metric, evaluate, place, project)
+
+
+def _check_tricks(tricks: Any) -> None:
+    if not isinstance(tricks, Mapping) or not tricks:
+        fix = "Such as {'EMA': lt.EMA(0.999)}"
+        raise TypeError(message("ablate", "tricks", "a dict of name -> callbacks with one trick or more", tricks, fix))
+    for name, trick in tricks.items():
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name in (BASELINE, ALL) or str(name).startswith(WITHOUT):
+            fix = f"They are parts of files' names; {BASELINE!r}, {ALL!r} and {WITHOUT + '...'!r} are taken"
+            raise ValueError(message("ablate", "tricks", "named with letters, digits, '_', '.' and '-'", name, fix))
+        describe_trick(trick)
 
 
 def _seeds(seeds: Any) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_tricks.callbacks.steps import refuse_sharded, refuse_twins, state_without_module
 from lightning_tricks.functional.activations import bounds, first_tensor, statistics, sums, whole
 from lightning_tricks.functional.checks import check_count, check_flag, message
+from lightning_tricks.functional.slots import plain_name
 from lightning_tricks.loggers import log_scalars, log_settings
 
 OUTPUT, INPUT_GRADIENT, OUTPUT_GRADIENT = "activation", "input_gradient", "output_gradient"
@@ -167,7 +168,7 @@ class ActivationMonitor(Callback):
 
     def _chosen(self, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
         """The layers by the names they had before they were compiled; one that is there twice by its first."""
-        found = {_plain(name): child for name, child in pl_module.named_modules() if not _is_wrapper(child)}
+        found = {plain_name(name): child for name, child in pl_module.named_modules() if not _is_wrapper(child)}
         found.pop("", None)
         if self.layers is None:
             return {name: child for name, child in found.items() if _is_layer(child)}
@@ -246,10 +247,6 @@ def _patterns(layers: Any) -> list[str] | None:
     if not patterns:
         raise ValueError(message("ActivationMonitor", "layers", "one pattern at least", layers, fix))
     return list(patterns)
-
-
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _is_wrapper(module: nn.Module) -> bool:

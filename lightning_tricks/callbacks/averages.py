@@ -17,7 +17,7 @@ from lightning_tricks.callbacks.updater import Updater
 from lightning_tricks.callbacks.weights import SpectralNormOf, fingerprint, leading_singular_vectors, spectral_norms
 from lightning_tricks.functional.averaging import can_average
 from lightning_tricks.functional.checks import message
-from lightning_tricks.functional.slots import weight_slots
+from lightning_tricks.functional.slots import plain_name, weight_slots
 
 
 class Averages:
@@ -404,15 +404,6 @@ class Averages:
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
         return {**self.__dict__, "_slots": {}, "_sharded": [], "_updater": None, "_places": []}
-
-
-def plain_name(name: str) -> str:
-    """The name of a tensor as the module had it before it was compiled.
-
-    Args:
-        name: full name.
-    """
-    return name.replace("_orig_mod.", "")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

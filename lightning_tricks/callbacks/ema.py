@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tricks.callbacks import average_checkpoint
-from lightning_tricks.callbacks.averages import Averages, plain_name
+from lightning_tricks.callbacks.averages import Averages
 from lightning_tricks.callbacks.clock import epoch_length, run_length
 from lightning_tricks.callbacks.lr_schedule import global_batch_size
 from lightning_tricks.callbacks.second_pass import SecondPass
@@ -30,6 +30,7 @@ from lightning_tricks.callbacks.steps import (
 from lightning_tricks.functional.averaging import Averaging, Decay, HalfLife
 from lightning_tricks.functional.checks import message
 from lightning_tricks.functional.schedules import Duration, Schedule, describe, resolve_epochs
+from lightning_tricks.functional.slots import plain_name
 from lightning_tricks.loggers import log_settings
 
 

@@ -5,12 +5,10 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from lightning_tricks.functional.checks import message
+from lightning_tricks.functional.slots import plain_name
 
 Layers = Literal["module", "tensor"] | int | Sequence[str]
 """`"module"`: what owns parameters; `"tensor"`: each parameter; a number: so many parts of the name; patterns."""
-
-COMPILED = "_orig_mod."
-"""What torch.compile puts before the names of what it compiled."""
 
 
 def check_layers(owner: str, layers: Any) -> None:
@@ -53,7 +51,7 @@ def layer_of(name: str, layers: Layers) -> str | None:
         >>> layer_of("blocks.3.mlp.weight", [r"blocks\.\d+", "head"])
         'blocks.3'
     """
-    name = name.replace(COMPILED, "")
+    name = plain_name(name)
     if layers == "tensor":
         return name
     owner = name.rpartition(".")[0] or name

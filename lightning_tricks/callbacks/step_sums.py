@@ -101,7 +101,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class StepSums:
-    """Sums over each parameter in a step of one optimizer; on the device until `told` has them.
+    """Sums over each parameter in a step of one optimizer; on the device until `to_host` moves them.
 
     Args:
         parameters: what is measured.
@@ -149,8 +149,10 @@ class StepSums:
         if "clipped" in self.wanted:
             self.sums["clipped"] = _unscaled(tensor_norms(self._gradients()), scale)
         if "weight" in self.wanted:
-            known = copies is not None and copies.is_of(self.parameters)
-            self.sums["weight"] = copies.norms if copies is not None and known else tensor_norms(self.parameters)
+            if copies is not None and copies.is_of(self.parameters):
+                self.sums["weight"] = copies.norms
+            else:
+                self.sums["weight"] = tensor_norms(self.parameters)
 
     def add_update(self, copies: WeightCopies, last: WeightCopies | None) -> None:
         """What the step added to the weights, and how it lies to the step before.
@@ -168,18 +170,18 @@ class StepSums:
         with torch.no_grad():
             return [p.new_zeros(1) if p.grad is None else p.grad for p in self.parameters]
 
-    def of_each(self, told: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
+    def of_each(self, sums: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
         """The sums parameter by parameter, those that it has, and its `size`.
 
         Args:
-            told: the sums by name, on the host.
+            sums: by name, on the host.
         """
         each: list[dict[str, float]] = [{"size": parameter.numel()} for parameter in self.parameters]
-        for name, values in told.items():
+        for name, values in sums.items():
             places = self.updated if name in ("update", "last", "product") else range(len(self.parameters))
             for i, value in zip(places, values, strict=True):
                 each[i][name] = value * value if name in _SQUARES else value
-        if "zeros" in told:
+        if "zeros" in sums:
             for i in self.without_gradient:
                 each[i]["zeros"] = each[i]["size"]
         return each
@@ -189,7 +191,7 @@ def _unscaled(norms: Tensor, scale: Tensor | float) -> Tensor:
     return norms if isinstance(scale, float) and scale == 1 else norms / scale
 
 
-def told(tensors: Sequence[Tensor]) -> list[list[float]]:
+def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
     """Lists of numbers on the device as lists on the host, in one transfer.
 
     Args:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_tricks.callbacks.gradient_noise import GradientNoise
 from lightning_tricks.callbacks.layer_names import Layers, check_layers, check_names
 from lightning_tricks.callbacks.shards import hold_parts
-from lightning_tricks.callbacks.step_sums import SUMS, Measure, layer_values, told
+from lightning_tricks.callbacks.step_sums import SUMS, Measure, layer_values, to_host
 from lightning_tricks.callbacks.step_watch import StepWatch
 from lightning_tricks.callbacks.steps import refuse_sharded, refuse_twins, state_without_module
 from lightning_tricks.callbacks.update_band import as_band
@@ -101,7 +101,7 @@ class UpdateMonitor(Callback):
         self._outside: dict[str, int] = {}  # logs in a row, by layer
         self._counts: list[int] = []  # measured steps of each optimizer, up to the last checkpoint or the run's end
         self._noise = GradientNoise()
-        self._on = self._manual = self._sharded = False
+        self._on = self._sharded = False
         self._watch = self._new_watch()
 
     def _new_watch(self) -> StepWatch:
@@ -141,7 +141,7 @@ class UpdateMonitor(Callback):
         if "noise_scale" in self.measures:
             self._noise.begin(trainer, pl_module)
         self._watch.scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._on, self._manual = True, not pl_module.automatic_optimization
+        self._on = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Parameters may have been replaced."""
@@ -192,7 +192,7 @@ class UpdateMonitor(Callback):
             return
         self._noise.forget()
         watch.end_step()
-        if not self._manual:
+        if pl_module.automatic_optimization:
             watch.due = set()  # a step that was skipped has no row; a module that steps by hand may do so later
         if not watch.due:
             watch.unhook()
@@ -243,7 +243,7 @@ class UpdateMonitor(Callback):
 
     def _summary(self, trainer: pl.Trainer) -> dict[str, float]:
         small = self._noise.over_ranks(trainer)
-        numbers = iter(told([*(sums for step in self._watch.measured for sums in step.sums.values()), *small]))
+        numbers = iter(to_host([*(sums for step in self._watch.measured for sums in step.sums.values()), *small]))
         each = []
         for step in self._watch.measured:
             rows = step.of_each({name: next(numbers) for name in step.sums})

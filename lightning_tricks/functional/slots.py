@@ -23,3 +23,13 @@ def weight_slots(module: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | No
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield f"{prefix}.{key}" if prefix else key, holder, key
+
+
+def plain_name(name: str) -> str:
+    """The name that a module or tensor had before something that holds it was compiled.
+
+    Example:
+        >>> plain_name("_orig_mod.body.0._orig_mod.weight")
+        'body.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -48,6 +48,8 @@ def group_runs(owner: str, runs: Sequence[Run], by: str | None) -> list[Group]:
 
 def _names(groups: list[list[Run]]) -> list[str]:
     """Names by what differs: settings, then tricks, then the first run's own name."""
+    if len(groups) == 1:
+        return [groups[0][0].name if len(groups[0]) == 1 else f"{len(groups[0])} runs"]
     settings = [flatten(members[0].settings) for members in groups]
     own = [name for name in differing(settings) if not name.startswith("tricks.") and not is_seed(name)][:3]
     tricks = [" + ".join(members[0].tricks) or "no tricks" for members in groups]
@@ -58,8 +60,6 @@ def _names(groups: list[list[Run]]) -> list[str]:
     described = [", ".join(f"{last[name]} = {each.get(name, 'none')}" for name in own) for each in settings]
     both = [f"{text}, {trick}" if text else trick for text, trick in zip(described, tricks, strict=True)]
     candidates = [speaking, described, tricks, both]
-    if len(groups) == 1:
-        return [groups[0][0].name if len(groups[0]) == 1 else f"{len(groups[0])} runs"]
     fitting = (names for names in candidates if len(set(names)) == len(groups) and max(map(len, names)) <= 48)
     return next(fitting, first)
 

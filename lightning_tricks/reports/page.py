@@ -19,11 +19,10 @@ p { margin: 0.4rem 0; max-width: 50rem; }
 nav { display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; margin: 0.8rem 0 0; font-size: 0.95rem; }
 a { color: inherit; text-underline-offset: 0.2em; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(30rem, 100%), 1fr)); gap: 1.4rem;
-  align-items: start; }
+  align-items: start; margin-top: 0.8rem; }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; width: 100%; max-width: 40rem; height: auto; border: 1px solid var(--line);
   border-radius: 6px; background: #ffffff; }
-.pictures { margin-top: 0.8rem; }
 .pictures + .pictures { margin-top: 1.4rem; }
 figcaption { margin-top: 0.3rem; max-width: 40rem; }
 .table { overflow-x: auto; max-width: 100%; margin: 0.6rem 0; }

@@ -141,7 +141,8 @@ def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
     if not panel.linear and finite and min(finite) > 0 and (panel.band or max(finite) > SPREAD * min(finite)):
         axes.set_yscale("log")
     if panel.band is not None:
-        axes.axhspan(*panel.band, color="#777777", alpha=0.15, linewidth=0, label=f"band, {span(panel.band)}")
+        label = "band, {} to {}".format(*map(short, panel.band))
+        axes.axhspan(*panel.band, color="#777777", alpha=0.15, linewidth=0, label=label)
     axes.set_title(plain(panel.title), fontsize=10.5, pad=9)
     axes.set_ylabel(plain(panel.unit), fontsize=9)
     axes.grid(alpha=0.25)
@@ -189,11 +190,6 @@ def _mark(axes: "Axes", events: Sequence[tuple[str, str, list[int]]]) -> None:
 def plain(text: str) -> str:
     """Text that matplotlib takes for neither mathematics nor a label to hide."""
     return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
-
-
-def span(band: tuple[float, float]) -> str:
-    """A band in words."""
-    return f"{short(band[0])} to {short(band[1])}"
 
 
 # ---------------------------------------------------------------------- layers by steps
@@ -345,17 +341,14 @@ def _plain(values: Sequence[float], unit: str) -> "tuple[Colormap, Normalize]":
     return colormaps["cividis"], Normalize(low, high) if low < high else Normalize(low - 0.5, low + 0.5)
 
 
-def shorten(name: str, length: int = 30) -> str:
-    """The end of a long name, which says more than its beginning.
+def shorten(name: str) -> str:
+    """The end of a layer's name, which says more than its beginning, in at most 30 characters.
 
-    Args:
-        name: of a layer, with dots.
-        length: characters that there is room for.
     Example:
         >>> shorten("backbone.encoder.blocks.11.attention.projection")
         '…11.attention.projection'
     """
-    if len(name) <= length:
+    if len(name) <= 30:
         return name
-    end = name[1 - length :]
+    end = name[-29:]
     return "…" + (end.partition(".")[2] or end)

@@ -4,13 +4,12 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
-from lightning_tricks.functional.checks import check_number, message
+from lightning_tricks.functional.checks import check_numbers
 from lightning_tricks.reports.runs import Run, Series, natural
 
 Mode = Literal["min", "max"]
-MODES = ("min", "max")
 
 QUANTITIES: dict[str, tuple[str, str]] = {
     "grad_norm": ("Gradient norm, before clipping", "norm of the gradients"),
@@ -38,24 +37,8 @@ CHAPTERS = {
 }
 
 STAGES = {"train": "training", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
-FALLING = {
-    "loss",
-    "error",
-    "err",
-    "nll",
-    "mse",
-    "rmse",
-    "mae",
-    "perplexity",
-    "ppl",
-    "brier",
-    "ece",
-    "bpc",
-    "wer",
-    "cer",
-}
-RISING = {"accuracy", "acc", "top1", "top5", "f1", "auc", "auroc", "precision", "recall", "iou", "miou", "map", "bleu"}
-RISING |= {"dice", "r2", "psnr", "ssim", "rouge"}
+FALLING = set("loss error err nll mse rmse mae perplexity ppl brier ece bpc wer cer".split())
+RISING = set("accuracy acc top1 top5 f1 auc auroc precision recall iou miou map bleu dice r2 psnr ssim rouge".split())
 
 
 class Best(NamedTuple):
@@ -75,12 +58,7 @@ def check_band(owner: str, band: tuple[float, float]) -> None:
         TypeError, ValueError: no such band.
     """
     condition, fix = "two numbers, 0 < low < high (update / weights)", "(1e-4, 1e-2) is the default"
-    if not isinstance(band, Sequence) or len(band) != 2:
-        raise ValueError(message(owner, "band", condition, band, fix))
-    for end in band:
-        check_number(owner, "band", end, condition, fix, lambda value: value > 0)
-    if not band[0] < band[1]:
-        raise ValueError(message(owner, "band", condition, band, fix))
+    check_numbers(owner, "band", band, 2, condition, fix, lambda ends: 0 < ends[0] < ends[1])
 
 
 def quantity(key: str) -> str | None:
@@ -137,12 +115,9 @@ def direction(key: str, runs: Iterable[Run], modes: Mapping[str, Mode]) -> Mode 
         return modes[key]
     for run in runs:
         for settings in run.tricks.values():
-            if (
-                isinstance(settings, Mapping)
-                and settings.get("monitor") == key
-                and settings.get("mode") in ("min", "max")
-            ):
-                return "min" if settings["mode"] == "min" else "max"
+            mode = settings.get("mode") if isinstance(settings, Mapping) and settings.get("monitor") == key else None
+            if mode in ("min", "max"):
+                return cast(Mode, mode)
     words = set(re.split(r"[^a-z0-9]+", key.lower()))
     return "min" if words & FALLING else "max" if words & RISING else None
 

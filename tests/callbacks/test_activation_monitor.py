@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from kit import Batches, ByHand, MemoryLogger, Net, assert_same, fit, loader, make_trainer, plugin_that_skips, snapshot
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -594,19 +593,6 @@ def test_second_fit_measures_again():
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, loader(), loader(8))
     assert list(ours(logger)) == [2, 5, 8, 11]
-
-
-def test_several_loggers_have_the_same_values(tmp_path):
-    import csv
-
-    loggers = [MemoryLogger(), CSVLogger(tmp_path, name="csv")]
-    fit([ActivationMonitor(3)], logger=loggers, max_epochs=1)
-    with open(tmp_path / "csv" / "version_0" / "metrics.csv") as file:
-        rows = {int(row["step"]): row for row in csv.DictReader(file) if row["activation_mean/head"]}
-    assert rows.keys() == ours(loggers[0]).keys() == {2, 5}
-    for step, row in ours(loggers[0]).items():
-        for key, value in row.items():
-            assert float(rows[step][key]) == pytest.approx(value)
 
 
 def test_settings_are_in_the_run_configuration():
