@@ -104,7 +104,7 @@ def trial_logger(project: str, group: str, name: str, folder: Path) -> WandbLogg
         name: of the run.
         folder: where it is written.
     """
-    return WandbLogger(name=name, save_dir=folder, project=project, group=group)
+    return WandbLogger(name=name, save_dir=folder.resolve(), project=project, group=group)
 
 
 def silence_runs(loggers: Iterable[Logger]) -> None:

@@ -734,7 +734,7 @@ ablate(build, {{"EMA": lt.EMA(0.5)}}, **{WEIGHT!r}, seeds=2, folder="two")
 
 
 def logs_to_its_own(study, seed, callbacks, logger):
-    own = WandbLogger(f"{len(callbacks)}-{seed}", "own", offline=True, project="tests")
+    own = WandbLogger(f"{len(callbacks)}-{seed}", Path("own").resolve(), offline=True, project="tests")
     return study.build(seed, callbacks, [*logger, own])
 
 
@@ -754,8 +754,7 @@ def test_every_trial_is_a_run_of_the_group_in_wandb(study, tmp_path):
     found = {}
     for folder in runs(tmp_path / "digits"):
         rows, config = read_run(folder)
-        (path,) = folder.glob("*.wandb")
-        (run,) = [record.run for record in _finished(path) if record.WhichOneof("record_type") == "run"]
+        (run,) = [record.run for record in _finished(folder) if record.WhichOneof("record_type") == "run"]
         assert (run.project, run.run_group) == ("tests", "digits")
         assert (config["seed"], "tricks" in config) == (0, config["variant"] == "all")
         found[run.display_name] = [row["val/score"] for row in rows if "val/score" in row][-1]
