@@ -33,6 +33,7 @@ def test_example_trains_a_module(monkeypatch):
 
 def test_yaml_builds(tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    monkeypatch.setattr("sys.argv", ["train.py"])  # LightningCLI warns where arguments are given both ways
     cli = run(config_with(yaml.safe_load(block("yaml"))["trainer"]["callbacks"]), tmp_path)
     assert cli.trainer.callbacks[1].updates == 12
 

@@ -167,8 +167,7 @@ class StepSums:
             self.sums["product"] = inner_products(copies.whole(), last.whole())
 
     def _gradients(self) -> list[Tensor]:
-        with torch.no_grad():
-            return [p.new_zeros(1) if p.grad is None else p.grad for p in self.parameters]
+        return [p.new_zeros(1) if p.grad is None else p.grad for p in self.parameters]
 
     def of_each(self, sums: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
         """The sums parameter by parameter, those that it has, and its `size`.

@@ -19,8 +19,8 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
 
         norms[i] = sqrt(sum(|tensors[i]| ** 2))
 
-    Squares are added up in float64; on a CPU, where that takes ten times as long, in float32 over pieces of 4096
-    entries and in float64 over the pieces, with another factor where squares would underflow or overflow.
+    Squares are added up in float64; of long tensors on a CPU, where that takes ten times as long, in float32 over
+    pieces of 4096 entries and in float64 over these, with another factor where squares would underflow or overflow.
 
     Args:
         tensors: floating or complex tensors of any shapes, dense or sparse. DTensors must be the same ones, in the
@@ -50,43 +50,37 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 def _norms(tensors: Sequence[Tensor], before: Callable[[list[int]], object] = lambda numbers: None) -> Tensor:
     """Norms of tensors of one device and dtype; `before` is told which of them are read next, by their numbers."""
-    if not tensors[0].is_cpu or tensors[0].dtype == torch.float64:
-        before(list(range(len(tensors))))
-        return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=torch.float64))
-    squares = _squares_in_pieces(tensors, before)
-    for i, square in enumerate(squares):
-        # Squares of less than 1e-38 are lost in float32: not more of a norm of 1e-10 than of its rounding.
-        if (square < 1e-20 and tensors[i].count_nonzero()) or square == math.inf:
-            factor = 2.0**96 if square < 1 else 2.0**-96
-            squares[i] = _squares_in_pieces([tensors[i].float() * factor])[0] / factor**2
-    return torch.tensor([math.sqrt(square) for square in squares], dtype=torch.float64)
-
-
-def _squares_in_pieces(
-    tensors: Sequence[Tensor], before: Callable[[list[int]], object] = lambda numbers: None
-) -> list[float]:
-    """Squared norms of tensors on a CPU, where a number costs less than an operation on one."""
-    short = [i for i, tensor in enumerate(tensors) if tensor.numel() <= _PIECE]
-    long = [i for i, tensor in enumerate(tensors) if tensor.numel() > _PIECE]
+    in_pieces = tensors[0].is_cpu and tensors[0].dtype != torch.float64
+    long = [i for i, tensor in enumerate(tensors) if tensor.numel() > _PIECE] if in_pieces else []
+    short = [i for i, tensor in enumerate(tensors) if tensor.numel() <= _PIECE] if long else list(range(len(tensors)))
     if short:
         before(short)
-    rests, rows = [tensors[i] for i in short], list[Tensor]()
+    rests, pieces, rows = [tensors[i] for i in short], list[Tensor](), list[Tensor]()
     for i in long:
         before([i])
-        tensor = tensors[i]
-        as_stored = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-        flat = tensor.permute(as_stored).reshape(-1)  # a copy only of what has gaps
-        rows.append(torch.linalg.vector_norm(flat.unfold(0, _PIECE, _PIECE), dim=1, dtype=torch.float32))
-        rests.append(flat[rows[-1].numel() * _PIECE :])
-    squares = [0.0] * len(tensors)
-    norms = torch.stack(torch._foreach_norm(rests, 2, dtype=torch.float32)).tolist()
-    for i, norm in zip(short + long, norms, strict=True):
-        squares[i] = norm * norm
-    if rows:
-        lengths = [row.numel() for row in rows]
-        for i, part in zip(long, torch.split(torch.cat(rows).double().square_(), lengths), strict=True):
-            squares[i] += part.sum().item()
-    return squares
+        as_stored = sorted(range(tensors[i].dim()), key=tensors[i].stride, reverse=True)
+        flat = tensors[i].permute(as_stored).reshape(-1)  # a copy only of what has gaps
+        pieces.append(flat.unfold(0, _PIECE, _PIECE))
+        rows.append(torch.linalg.vector_norm(pieces[-1], dim=1, dtype=torch.float32))
+        rests.append(flat[pieces[-1].numel() :])
+    norms = torch.stack(torch._foreach_norm(rests, 2, dtype=torch.float64))
+    if long:
+        norms[len(short) :] = (norms[len(short) :].square() + _sums_of_squares(pieces, rows)).sqrt()
+        norms = torch.empty_like(norms).index_copy_(0, torch.tensor(short + long), norms)
+    return norms
+
+
+def _sums_of_squares(pieces: list[Tensor], rows: list[Tensor]) -> Tensor:
+    """Over all pieces of each tensor, from their norms in float32."""
+    squares = torch.split(torch.cat(rows).double().square_(), [row.numel() for row in rows])
+    sums = torch.stack([part.sum() for part in squares])
+    for i, square in enumerate(sums.tolist()):
+        # Squares of less than 1e-38 are lost in float32: not more of a norm of 1e-10 than of its rounding.
+        if (square < 1e-20 and pieces[i].count_nonzero()) or square == math.inf:
+            factor = 2.0**96 if square < 1 else 2.0**-96
+            norms = torch.linalg.vector_norm(pieces[i].float() * factor, dim=1)
+            sums[i] = norms.double().square_().sum() / factor**2
+    return sums
 
 
 @torch.no_grad()
@@ -197,6 +191,8 @@ def _stacked(sums: Sequence[Tensor], parts: dict[int, DTensor]) -> Tensor:
 
 def _local(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], dict[int, DTensor]]:
     """This rank's part of each tensor, and which of them are parts."""
+    if not any(isinstance(tensor, DTensor) for tensor in tensors):
+        return tensors, {}
     parts = {i: _resolved(tensor) for i, tensor in enumerate(tensors) if isinstance(tensor, DTensor)}
     return [parts[i].to_local() if i in parts else tensor for i, tensor in enumerate(tensors)], parts
 
