@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import lightning_tricks as lt
 
 LEFT_OUT = {"UpdateMonitor in turns", "UpdateMonitor of successive updates"}
-"""Rows whose keys depend on how much a rank holds, and on the step before a checkpoint, which here is one that counts."""
+"""Rows whose keys depend on how much a rank holds, or on the step before a checkpoint."""
 ROWS = {
     **{name: row for name, row in CALLBACKS.items() if name not in LEFT_OUT},
     "ParamSchedule of the optimizer": lambda: [lt.ParamSchedule("weight_decay", lt.Cosine(0.1))],
