@@ -215,6 +215,43 @@ class LogsScalars(LogsDict):
         log_scalars(trainer, self.row)
 
 
+class Bare(Callback):
+    """The same three norms of each layer, of one optimizer with a closure and nothing else: what they cost at least."""
+
+    def on_train_start(self, trainer, pl_module):
+        names, self.parameters = zip(*pl_module.named_parameters(), strict=True)
+        self.layers, self.copies = [name.rpartition(".")[0] for name in names], [p.clone() for p in self.parameters]
+        trainer.optimizers[0].register_step_pre_hook(self.before_step)
+        trainer.optimizers[0].register_step_post_hook(self.after_step)
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.norms = torch._foreach_norm([p.grad for p in self.parameters], 2, dtype=torch.float64)
+
+    def before_step(self, optimizer, args, kwargs):
+        def then_measure():
+            loss = kwargs["closure"]()
+            with torch.no_grad():
+                torch._foreach_copy_(self.copies, self.parameters)
+                self.norms += torch._foreach_norm(self.copies, 2, dtype=torch.float64)
+            return loss
+
+        return args, {**kwargs, "closure": then_measure}
+
+    @torch.no_grad()
+    def after_step(self, *args):
+        torch._foreach_sub_(self.copies, self.parameters)
+        self.norms += torch._foreach_norm(self.copies, 2, dtype=torch.float64)
+
+    def on_train_batch_end(self, trainer, *args):
+        numbers, count, row = torch.stack(self.norms).tolist(), len(self.layers), {}
+        for measure, start in zip(MEASURES, (0, count, 2 * count), strict=True):
+            for layer, number in zip(self.layers, numbers[start:], strict=False):
+                for key in (f"{measure}/{layer}", f"{measure}/total"):
+                    row[key] = row.get(key, 0.0) + number**2
+        log_scalars(trainer, {key: value**0.5 for key, value in row.items()})
+
+
 def _fit(steps, callbacks=(), logger=Forgets):
     """Seconds from one training step to the next: the least but for a tenth of them."""
     off = dict.fromkeys(["enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
@@ -247,6 +284,7 @@ def _steps(rounds, steps):
         "nothing again: noise": [],
         "an empty Callback": [Callback],
         "UpdateMonitor, an idle step": [partial(lt.UpdateMonitor, 10**9)],
+        "the same norms by a bare callback, every step": [Bare],
         "UpdateMonitor, every step": [monitor],
         "UpdateMonitor and LRSchedule, every step": [monitor, partial(lt.LRSchedule, lt.WarmupCosine(0.05))],
         "log_dict(grad_norm), every step": [LogsNorms],
