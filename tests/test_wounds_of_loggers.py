@@ -118,7 +118,6 @@ SPAWN = """
 
 
 # Lightning: #6106; with a WandbLogger and processes that are spawned, the training never ends.
-@pytest.mark.slow
 def test_spawned_ranks_with_weights_and_biases_end(tmp_path):
     path = tmp_path / "train.py"
     path.write_text(textwrap.dedent(SPAWN.format(tests=os.path.dirname(__file__), folder=str(tmp_path))))
