@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
@@ -218,6 +218,30 @@ def plugin_that_skips(init_scale: float = 2.0**16):
 
     scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=1000)
     return MixedPrecision("16-mixed", "cpu", scaler=scaler)
+
+
+class Turns(ByHand):
+    """Two optimizers, of which one steps in each batch."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(self.body.parameters(), 0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()[batch_idx % 2]
+        optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+
+class Unfreeze(BaseFinetuning):
+    """Train the body of a `Net` from the second epoch on."""
+
+    def freeze_before_training(self, pl_module: L.LightningModule) -> None:
+        self.freeze(pl_module.body)
+
+    def finetune_function(self, pl_module: L.LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.body, optimizer)
 
 
 class Batches:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from kit import ByHand, MemoryLogger, Net, TwoOptimizers, fit, loader
+from kit import ByHand, MemoryLogger, Net, Turns, TwoOptimizers, fit, loader
 from lightning.pytorch.callbacks import Callback
 from sharded import whole
 from torch import nn
@@ -166,16 +166,6 @@ def test_step_by_hand_that_comes_later_is_measured_then():
 
 
 def test_optimizers_that_take_turns_are_all_measured():
-    class Turns(ByHand):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(self.body.parameters(), 0.1)
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()[batch_idx % 2]
-            optimizer.zero_grad()
-            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-            optimizer.step()
-
     logger = MemoryLogger()
     fit([lt.UpdateMonitor(4)], Turns(), train=loader(48), logger=logger, max_epochs=1)
     modules = {step: {key.partition("/")[2] for key in row} - {"total"} for step, row in ours(logger).items()}

@@ -10,8 +10,20 @@ import pytest
 import sharded
 import torch
 import torch.nn.functional as F
-from kit import ByHand, MemoryLogger, Net, TwoOptimizers, data, every_epoch, fit, loader, plugin_that_skips
-from lightning.pytorch.callbacks import BaseFinetuning, Callback
+from kit import (
+    ByHand,
+    MemoryLogger,
+    Net,
+    Turns,
+    TwoOptimizers,
+    Unfreeze,
+    data,
+    every_epoch,
+    fit,
+    loader,
+    plugin_that_skips,
+)
+from lightning.pytorch.callbacks import Callback
 from sharded import ShardedNet, on_ranks, whole
 from torch import nn
 from torch.utils.data import DataLoader
@@ -393,19 +405,6 @@ def test_the_cosine_of_several_steps_in_a_batch_is_with_the_step_before():
         assert rows[step]["update_cosine/head"] == pytest.approx(expected, rel=1e-5)
 
 
-class Turns(ByHand):
-    """Two optimizers, of which one steps in each batch."""
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.head.parameters(), 0.1), torch.optim.SGD(self.body.parameters(), 0.1)
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()[batch_idx % 2]
-        optimizer.zero_grad()
-        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
-        optimizer.step()
-
-
 @pytest.mark.parametrize("every", [1, 2])
 def test_an_optimizer_that_steps_in_every_other_batch_has_no_cosine(every):
     logger = MemoryLogger()
@@ -524,14 +523,6 @@ def test_optimizers_share_the_memory_and_each_of_their_layers_has_its_turn(modul
 
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
 def test_a_layer_that_is_unfrozen_and_too_large_does_not_end_the_run():
-    class Unfreeze(BaseFinetuning):
-        def freeze_before_training(self, pl_module):
-            self.freeze(pl_module.body)
-
-        def finetune_function(self, pl_module, epoch, optimizer):
-            if epoch == 1:
-                self.unfreeze_and_add_param_group(pl_module.body, optimizer)
-
     logger = MemoryLogger()
     with pytest.warns(UserWarning, match="at least 544 .* for what was unfrozen, body.1, got 300") as told:
         fit([Unfreeze(), lt.UpdateMonitor(1, max_extra_memory=300)], logger=logger)

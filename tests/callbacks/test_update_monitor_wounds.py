@@ -7,8 +7,8 @@ import pytest
 import sharded
 import torch
 import torch.distributed as dist
-from kit import ByHand, MemoryLogger, Net, fit, plugin_that_skips
-from lightning.pytorch.callbacks import BaseFinetuning, Callback
+from kit import ByHand, MemoryLogger, Net, Unfreeze, fit, plugin_that_skips
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import grad_norm
 from sharded import ShardedNet, on_ranks
 from torch import nn
@@ -376,14 +376,6 @@ def test_both_sides_of_adversarial_training_are_measured_in_every_step():
 # wandb: #2625; layers that are unfrozen later are not watched.
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
 def test_layers_that_are_unfrozen_later_are_measured_from_then_on():
-    class Unfreeze(BaseFinetuning):
-        def freeze_before_training(self, pl_module):
-            self.freeze(pl_module.body)
-
-        def finetune_function(self, pl_module, epoch, optimizer):
-            if epoch == 1:
-                self.unfreeze_and_add_param_group(pl_module.body, optimizer)
-
     logger = MemoryLogger()
     fit([Unfreeze(), lt.UpdateMonitor(1)], logger=logger, max_epochs=2)
     assert list(logger.series("update_ratio/head")) == list(range(12))
