@@ -116,7 +116,7 @@ def ablate(
     if is_first_rank() and (trials is None or not ablation.unfinished):
         _write(ablation, plan.folder)
     if ablation.failed:
-        some = "; ".join(f"{', '.join(alike)} ({error})" for error, alike in by_text(ablation.failed).items())
+        some = _in_a_line(ablation.failed)
         raise RuntimeError(
             f"ablate: {len(ablation.failed)} of {len(plan.trials)} trials failed: {some}. The traces are in error.txt"
             f" of each one's folder in {plan.folder / TRIALS}. The others are kept; the next call tries these again."
@@ -214,14 +214,17 @@ def _run(plan: Plan, todo: Sequence[str], processes: int) -> dict[str, str]:
         rehearsed = call(rehearse, list(firsts.values())) if len(firsts) > 1 else {}
         refused = {trial: error for trial, error in rehearsed.items() if isinstance(error, str)}
         if refused:
-            alike = by_text({plan.trials[trial][0]: error for trial, error in refused.items()})
-            some = "; ".join(f"{', '.join(variants)} ({error})" for error, variants in alike.items())
+            some = _in_a_line({plan.trials[trial][0]: error for trial, error in refused.items()})
             raise RuntimeError(
                 f"ablate: {len(refused)} of {len(firsts)} variants cannot be trained: {some}. The traces are in"
                 f" error.txt of {', '.join(refused)} in {plan.folder / TRIALS}. Nothing was trained."
             )
         _check_budgets({plan.trials[trial][0]: budget for trial, budget in rehearsed.items()})
         return {trial: error for trial, error in call(run_trial, todo).items() if error is not None}
+
+
+def _in_a_line(errors: Mapping[str, str]) -> str:
+    return "; ".join(f"{', '.join(names)} ({error})" for error, names in by_text(errors).items())
 
 
 def _check_budgets(budgets: Mapping[str, Mapping[str, Any]]) -> None:

@@ -66,7 +66,7 @@ def _norms(tensors: Sequence[Tensor], before: Callable[[list[int]], object] = la
     norms = torch.stack(torch._foreach_norm(rests, 2, dtype=torch.float64))
     if long:
         norms[len(short) :] = (norms[len(short) :].square() + _sums_of_squares(pieces, rows)).sqrt()
-        norms = torch.empty_like(norms).index_copy_(0, torch.tensor(short + long), norms)
+        norms = torch.empty_like(norms).index_copy_(0, torch.tensor(short + long, device="cpu"), norms)
     return norms
 
 

@@ -176,6 +176,12 @@ def test_norms_after_copying_half_precision_into_single_are_exact():
     assert norms_after(torch._foreach_sub_, copies, weights).item() == 0
 
 
+def test_norms_on_a_cpu_do_not_depend_on_the_default_device():
+    tensors = [torch.ones(5000), torch.ones(4)]
+    with torch.device("meta"):
+        assert tensor_norms(tensors).tolist() == pytest.approx([math.sqrt(5000), 2])
+
+
 def test_norms_after_a_change_of_nothing():
     assert norms_after(torch._foreach_copy_, [], []).shape == (0,)
 
