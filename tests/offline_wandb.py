@@ -12,7 +12,7 @@ BLOCK, HEADER, FILE_HEADER = 32768, 7, 7
 
 
 def _records(data: bytes) -> Any:
-    """The payloads of a LevelDB-style log: chunks in blocks of 32 KiB, each with checksum, length and kind."""
+    """The whole payloads of a LevelDB-style log: chunks in blocks of 32 KiB, each with checksum, length and kind."""
     position, parts = FILE_HEADER, b""
     while position + HEADER <= len(data):
         left = BLOCK - position % BLOCK
@@ -23,6 +23,8 @@ def _records(data: bytes) -> Any:
         if kind == 0:
             position += left
             continue
+        if position + HEADER + length > len(data):  # a chunk that is being written right now
+            return
         parts += data[position + HEADER : position + HEADER + length]
         position += HEADER + length
         if kind in (1, 4):  # a whole record, or the last chunk of one
