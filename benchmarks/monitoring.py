@@ -84,9 +84,7 @@ class _Ours:
         self.step()
         self.copies.subtract()
         sums.add_update(self.copies, None)
-        names, numbers = list(sums.sums), to_host(list(sums.sums.values()))
-        each = sums.of_each(dict(zip(names, numbers, strict=True)))
-        return layer_values(zip(layers, each, strict=True), MEASURES)
+        return layer_values(layers, sums.of_each(iter(to_host(sums.to_move()))), MEASURES)
 
 
 @torch.no_grad()

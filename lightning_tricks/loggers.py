@@ -67,7 +67,12 @@ class _Rows(pl.Callback):
 
     def _write(self, trainer: pl.Trainer, ended: bool = False) -> None:
         loop, errors = trainer.fit_loop, []
-        accumulates = not ended and trainer.lightning_module.automatic_optimization and loop._should_accumulate()
+        accumulates = (
+            trainer.accumulate_grad_batches > 1
+            and not ended
+            and trainer.lightning_module.automatic_optimization
+            and loop._should_accumulate()
+        )
         for step in list(self.scalars):
             if not (accumulates and step == loop.epoch_loop._batches_that_stepped):
                 row = self.scalars.pop(step)

@@ -1,10 +1,11 @@
 """What is added up over each parameter in one real step of an optimizer, and what is made of it for each layer."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
-from typing import Literal
+from operator import truediv
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,21 +26,34 @@ Measure = Literal[
     "noise_scale",
 ]
 
-SUMS: dict[str, set[str]] = {
-    "grad_norm": {"gradient"},
-    "grad_norm_clipped": {"clipped"},
-    "weight_norm": {"weight"},
-    "update_norm": {"update"},
-    "update_ratio": {"weight", "update"},
-    "grad_zeros": {"zeros"},
-    "grad_nonfinite": {"nonfinite"},
-    "update_cosine": {"update", "last", "product"},
-    "noise_scale": {"gradient"},
-}
-"""The sums that each measure is made of: of squares, of counts, of products."""
 
-_SQUARES = {"gradient", "clipped", "weight", "update", "last"}
-"""Sums of squares; on the device they are norms."""
+def _ratio(update: float, weight: float) -> float:
+    return update if update == 0 else update / weight if weight else math.inf * update
+
+
+def _cosine(product: float, update: float, last: float) -> float:
+    lengths = update * last
+    return product / lengths if lengths else 0.0
+
+
+_FORMULAS: dict[str, tuple[tuple[str, ...], Callable[..., float] | None]] = {
+    "grad_norm": (("gradient",), None),
+    "grad_norm_clipped": (("clipped",), None),
+    "weight_norm": (("weight",), None),
+    "update_norm": (("update",), None),
+    "update_ratio": (("update", "weight"), _ratio),
+    "grad_zeros": (("zeros", "size"), truediv),
+    "grad_nonfinite": (("nonfinite",), None),
+    "update_cosine": (("product", "update", "last"), _cosine),
+    "noise_scale": (("gradient",), None),
+}
+"""What each measure of a layer is made of, and how: of norms, counts and products over its parameters."""
+
+SUMS: dict[str, set[str]] = {measure: set(names) for measure, (names, _) in _FORMULAS.items()}
+"""The sums that each measure needs."""
+
+_NORMS = {"gradient", "clipped", "weight", "update", "last"}
+"""Roots of sums of squares; the others are sums."""
 
 
 class WeightCopies:
@@ -65,8 +79,10 @@ class WeightCopies:
         self.norms = norms_after(torch._foreach_copy_, self.tensors, self.parameters)
 
     def _fits(self, own: list[Tensor]) -> bool:
-        kept = [(tensor.shape, tensor.device, tensor.dtype) for tensor in self.tensors]
-        return kept == [(tensor.shape, tensor.device, _wide(tensor.dtype)) for tensor in own]
+        return len(own) == len(self.tensors) and all(
+            copy.is_same_size(tensor) and copy.dtype == _wide(tensor.dtype) and copy.device == tensor.device
+            for copy, tensor in zip(self.tensors, own, strict=True)
+        )
 
     def subtract(self) -> None:
         """Take the parameters' values of now from the copies: what remains is the update with another sign."""
@@ -169,20 +185,25 @@ class StepSums:
     def _gradients(self) -> list[Tensor]:
         return [p.new_zeros(1) if p.grad is None else p.grad for p in self.parameters]
 
-    def of_each(self, sums: Mapping[str, Sequence[float]]) -> list[dict[str, float]]:
-        """The sums parameter by parameter, those that it has, and its `size`.
+    def to_move(self) -> list[Tensor]:
+        """What is to be moved to the host."""
+        return list(self.sums.values())
+
+    def of_each(self, numbers: Iterator[list[float]]) -> dict[str, Sequence[float | None]]:
+        """The sums of each parameter by name, None where one is not known, and their `size` where that is wanted.
 
         Args:
-            sums: by name, on the host.
+            numbers: of `to_move`, on the host.
         """
-        each: list[dict[str, float]] = [{"size": parameter.numel()} for parameter in self.parameters]
-        for name, values in sums.items():
-            places = self.updated if name in ("update", "last", "product") else range(len(self.parameters))
-            for i, value in zip(places, values, strict=True):
-                each[i][name] = value * value if name in _SQUARES else value
-        if "zeros" in sums:
-            for i in self.without_gradient:
-                each[i]["zeros"] = each[i]["size"]
+        each: dict[str, Sequence[float | None]] = {name: next(numbers) for name in self.sums}
+        if len(self.updated) < len(self.parameters):
+            for name in each.keys() & {"update", "last", "product"}:
+                known = dict(zip(self.updated, each[name], strict=True))
+                each[name] = [known.get(i) for i in range(len(self.parameters))]
+        if "zeros" in each:
+            each["size"] = sizes = [parameter.numel() for parameter in self.parameters]
+            missing = set(self.without_gradient)
+            each["zeros"] = [sizes[i] if i in missing else count for i, count in enumerate(each["zeros"])]
         return each
 
 
@@ -196,54 +217,88 @@ def to_host(tensors: Sequence[Tensor]) -> list[list[float]]:
     Args:
         tensors: one-dimensional, float64.
     """
-    if not tensors:
-        return []
+    if len(tensors) < 2:
+        return [tensor.tolist() for tensor in tensors]
     numbers = torch.cat([tensor.to(tensors[0].device) for tensor in tensors]).tolist()
     lengths = [tensor.numel() for tensor in tensors]
     return [numbers[end - length : end] for length, end in zip(lengths, accumulate(lengths), strict=True)]
 
 
-def layer_values(each: Iterable[tuple[str | None, Mapping[str, float]]], measures: Sequence[str]) -> dict[str, float]:
-    """The measures of every layer and in total, by their keys.
-
-        grad_norm/head = sqrt(sum(row["gradient"] for the parameters of head))
+def joined(steps: Sequence[Mapping[str, Sequence[float | None]]]) -> Mapping[str, Sequence[float | None]]:
+    """The sums of several optimizers one after another, None where one of them has none of a name.
 
     Args:
-        each: of every parameter its layer, None for the total alone, and its sums.
+        steps: of each its sums by name.
+    Example:
+        >>> joined([{"weight": [9.0], "last": [1.0]}, {"weight": [16.0]}])
+        {'weight': [9.0, 16.0], 'last': [1.0, None]}
+    """
+    if len(steps) == 1:
+        return steps[0]
+    result: dict[str, list[float | None]] = {
+        name: [] for name in dict.fromkeys(name for sums in steps for name in sums)
+    }
+    for sums in steps:
+        missing = [None] * max(map(len, sums.values()))
+        for name, values in result.items():
+            values += sums.get(name, missing)
+    return result
+
+
+def layer_values(
+    layers: Sequence[str | None], sums: Mapping[str, Sequence[float | None]], measures: Sequence[str]
+) -> dict[str, float]:
+    """The measures of every layer and in total, by their keys.
+
+        grad_norm/head = sqrt(sum(sums["gradient"][i] ** 2 for the parameters i of head))
+
+    Args:
+        layers: of every parameter its layer, None for the total alone.
+        sums: of every parameter its norms, counts and products, by name; None where one is not known.
         measures: names out of `SUMS`.
     Returns:
         `measure/layer` and `measure/total`; where a parameter lacks a sum, its layer and the total lack the measure.
     Example:
-        >>> layer_values([("a", {"weight": 9.0}), ("b", {"weight": 16.0})], ["weight_norm"])
+        >>> layer_values(["a", "b"], {"weight": [3.0, 4.0]}, ["weight_norm"])
         {'weight_norm/a': 3.0, 'weight_norm/b': 4.0, 'weight_norm/total': 5.0}
     """
-    sums: dict[str | None, dict[str, float]] = {}
-    for layer, row in each:
-        sums[layer] = _added(sums[layer], row) if layer in sums else dict(row)
-    total = reduce(_added, sums.values())
-    sums.pop(None, None)
-    sums["total"] = total
-    return {
-        f"{measure}/{layer}": _value(measure, row)
-        for measure in measures
-        if measure != "noise_scale"
-        for layer, row in sums.items()
-        if row.keys() >= SUMS[measure]
-    }
+    groups, keys = _groups(tuple(layers))
+    result: dict[str, float] = {}
+    added = {name: _added(name, values, groups) for name, values in sums.items()}
+    for measure in measures:
+        names, formula = _FORMULAS[measure]
+        if measure == "noise_scale" or not added.keys() >= SUMS[measure]:
+            continue
+        values = added[names[0]]
+        if formula is not None:
+            rows = zip(*[added[name] for name in names], strict=True)
+            values = [None if None in terms else formula(*terms) for terms in rows]
+        for key, value in zip(keys, values, strict=True):
+            if value is not None:
+                result[measure + key] = value
+    return result
 
 
-def _added(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    return {name: value + other[name] for name, value in one.items() if name in other}
+@lru_cache(maxsize=8)
+def _groups(layers: tuple[str | None, ...]) -> tuple[list[list[int]], list[str]]:
+    """The numbers of each layer's parameters, and the ends of the keys of all layers and the total."""
+    members: dict[str | None, list[int]] = {}
+    for i, layer in enumerate(layers):
+        members.setdefault(layer, []).append(i)
+    members.pop(None, None)
+    return list(members.values()), [f"/{layer}" for layer in (*members, "total")]
 
 
-def _value(measure: str, sums: Mapping[str, float]) -> float:
-    if measure == "update_ratio":
-        update, weight = math.sqrt(sums["update"]), math.sqrt(sums["weight"])
-        return update if update == 0 else update / weight if weight else math.inf * update
-    if measure == "update_cosine":
-        lengths = math.sqrt(sums["update"]) * math.sqrt(sums["last"])
-        return sums["product"] / lengths if lengths else 0.0
-    if measure == "grad_zeros":
-        return sums["zeros"] / sums["size"]
-    (name,) = SUMS[measure]
-    return sums[name] if measure == "grad_nonfinite" else math.sqrt(sums[name])
+def _added(name: str, values: Sequence[Any], groups: Sequence[Sequence[int]]) -> list[float | None]:
+    """Of each group and of all; None where one of them is not known."""
+    add: Callable[[Iterable[float]], float] = _norm if name in _NORMS else sum
+    if None in values:
+        chosen = [[values[i] for i in group] for group in groups]
+        return [None if None in group else add(group) for group in [*chosen, values]]
+    if len(groups) == len(values):
+        return [*values, add(values)]
+    return [*[add([values[i] for i in group]) for group in groups], add(values)]
+
+
+def _norm(values: Iterable[float]) -> float:
+    return math.sqrt(sum([value * value for value in values]))  # math.hypot gives inf of inf and nan

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +12,29 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_tricks.callbacks.layer_names import Layers, layer_of
+from lightning_tricks.callbacks.step_rows import StepRows, fit_in_rows
 from lightning_tricks.callbacks.step_sums import StepSums, WeightCopies, bytes_of_copy
 from lightning_tricks.callbacks.steps import after_real_steps
 from lightning_tricks.functional.checks import message
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is measured of an optimizer, as long as what it has stays what it is.
+
+    Args:
+        every: all its parameters.
+        state: what else this depends on.
+        parameters: those that are measured.
+        layers: their layers.
+        rows: what measures them, where they are a small model's.
+    """
+
+    every: Sequence[Tensor]
+    state: Sequence[Any]
+    parameters: Sequence[Tensor]
+    layers: Sequence[str | None]
+    rows: StepRows | None
 
 
 class StepWatch:
@@ -31,10 +52,10 @@ class StepWatch:
         self.scaler: Any = None  # a GradScaler
         self.due: set[int] = set()  # optimizers whose next real step is measured, by id
         self.leading: set[int] = set()  # those whose next steps may be the last before one that is measured
-        self.measured: list[StepSums] = []
-        self._steps: dict[int, StepSums] = {}  # of the batch
+        self.measured: list[StepSums | StepRows] = []
+        self._steps: dict[int, StepSums | StepRows] = {}  # of the batch
         self._module: nn.Module | None = None
-        self._names: dict[Tensor, str] = {}  # of the module's parameters, as far as they are known
+        self._known: dict[int, Measured] = {}  # by an optimizer's id
         self._turns: Sequence[set[str | None]] = []  # layers to measure the updates of in one step; none: all
         self._told = False  # of a layer that is too large for its turn
         self.counts: Counter[int] = Counter()  # steps that were measured, by an optimizer's id
@@ -102,7 +123,7 @@ class StepWatch:
 
     def forget_names(self) -> None:
         """Look anew at what the module's parameters are called."""
-        self._names = {}
+        self._known = {}
 
     def unhook(self) -> None:
         """Watch no more."""
@@ -110,16 +131,23 @@ class StepWatch:
             handle.remove()
         self._handles = []
 
-    def parameters(self, optimizer: Optimizer) -> list[Tensor]:
-        """What is measured of an optimizer.
+    def of(self, optimizer: Optimizer) -> Measured:
+        """What is measured of an optimizer: parameters of the module that are trained now.
 
         Args:
             optimizer: one of those that are watched.
         """
         every = [p for group in optimizer.param_groups for p in group["params"]]
-        if self._module is not None and any(p not in self._names for p in every):
-            self._names = {parameter: name for name, parameter in self._module.named_parameters()}
-        return [p for p in every if p.requires_grad and p.numel() > 0 and p in self._names]
+        state = [(id(p), p.requires_grad, p.shape) for p in every]
+        known = self._known.get(id(optimizer))
+        if known is None or known.state != state:
+            names = {} if self._module is None else {id(p): name for name, p in self._module.named_parameters()}
+            parameters = [p for p in every if p.requires_grad and p.numel() > 0 and id(p) in names]
+            layers = [layer_of(names[id(p)], self.layers) for p in parameters]
+            small = self.max_memory is None and fit_in_rows(parameters, layers, self.wanted)
+            rows = StepRows(parameters, layers, self.wanted) if small else None
+            known = self._known[id(optimizer)] = Measured(every, state, parameters, layers, rows)
+        return known
 
     def see_gradients(self, optimizer: Optimizer) -> None:
         """The gradients are fresh and not clipped; of several closures those of the first count.
@@ -147,18 +175,24 @@ class StepWatch:
                     return self.loss_scale(parameter.device)
         return 1.0
 
-    def _step(self, optimizer: Optimizer) -> StepSums:
+    def _step(self, optimizer: Optimizer) -> StepSums | StepRows:
         """What is measured in the step of an optimizer; each parameter with one optimizer only."""
-        if id(optimizer) not in self._steps:
-            taken = {id(p) for step in self._steps.values() for p in step.parameters}
-            chosen = [p for p in self.parameters(optimizer) if id(p) not in taken]
-            layers = [layer_of(self._names[p], self.layers) for p in chosen]
-            updated = None
-            if self._turns:
-                turn = self._turns[self.counts[id(optimizer)] % len(self._turns)]
-                updated = [i for i, layer in enumerate(layers) if layer in turn]
-            self._steps[id(optimizer)] = StepSums(chosen, layers, self.wanted, updated)
-        return self._steps[id(optimizer)]
+        step = self._steps.get(id(optimizer))
+        if step is None:
+            step = self._steps[id(optimizer)] = self._new_step(self.of(optimizer), self.counts[id(optimizer)])
+        return step
+
+    def _new_step(self, known: Measured, count: int) -> StepSums | StepRows:
+        taken = {id(p) for step in self._steps.values() for p in step.parameters} if self._steps else set()
+        if known.rows is not None and taken.isdisjoint(map(id, known.parameters)):
+            known.rows.has_gradients = False
+            return known.rows
+        chosen = [i for i, p in enumerate(known.parameters) if id(p) not in taken]
+        layers, updated = [known.layers[i] for i in chosen], None
+        if self._turns:
+            turn = self._turns[count % len(self._turns)]
+            updated = [i for i, layer in enumerate(layers) if layer in turn]
+        return StepSums([known.parameters[i] for i in chosen], layers, self.wanted, updated)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -186,7 +220,7 @@ class StepWatch:
 
     def _begin(self, optimizer: Optimizer) -> None:
         step, scale, copies = self._step(optimizer), self._scale(optimizer), None
-        if "update" in self.wanted:
+        if isinstance(step, StepSums) and "update" in self.wanted:
             copies = self._copies.get(id(optimizer)) or WeightCopies()
             if self.max_memory is not None:
                 self._copies = {}  # others are freed before there are these
@@ -203,16 +237,18 @@ class StepWatch:
             return
         self._stepped.add(key)
         step, copies, last = self._steps[key], self._copies.get(key), self._last.get(key)
-        if copies is not None:
+        if isinstance(step, StepRows):
+            step.add_update()
+        elif copies is not None:
             copies.subtract()
+            if key in self.due:
+                step.add_update(copies, last)
+            if "last" in self.wanted:
+                self._copies[key], self._last[key] = last or WeightCopies(), copies
         if key in self.due:
             self.due.discard(key)  # of several steps in one batch the first is measured
             self.counts[key] += 1
-            if copies is not None:
-                step.add_update(copies, last)
             self.measured += [step] if step.parameters else []
-        if copies is not None and "last" in self.wanted:
-            self._copies[key], self._last[key] = last or WeightCopies(), copies
 
 
 def turns_that_fit(owner: str, sizes: Mapping[str | None, int], limit: int, fix: str) -> Sequence[set[str | None]]:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_tricks.callbacks.gradient_noise import GradientNoise
 from lightning_tricks.callbacks.layer_names import Layers, check_layers, check_names
 from lightning_tricks.callbacks.shards import hold_parts
-from lightning_tricks.callbacks.step_sums import SUMS, Measure, layer_values, to_host
+from lightning_tricks.callbacks.step_sums import SUMS, Measure, joined, layer_values, to_host
 from lightning_tricks.callbacks.step_watch import StepWatch
 from lightning_tricks.callbacks.steps import refuse_sharded, refuse_twins, state_without_module
 from lightning_tricks.callbacks.update_band import as_band
@@ -63,7 +63,8 @@ class UpdateMonitor(Callback):
             that warm up or decay to 0 leave every band.
         patience: logs in a row that a layer must be outside.
         max_extra_memory: bytes on each rank for the copies of weights from before a step; None is as many as the
-            measured parameters take (half precision: as in float32), twice that with `update_cosine`. With less, the
+            measured parameters take (half precision: as in float32), twice that with `update_cosine`, or up to half a
+            megabyte for a model of at most 16384 entries, whose norms are then taken at once. With less, the
             updates of some layers are measured in one logged step of an optimizer and those of others in its next, in
             turn; where some are not known, the measures of updates have no total. It must hold the largest layer; one
             that is unfrozen later and too large for it is not measured, with a warning.
@@ -164,7 +165,7 @@ class UpdateMonitor(Callback):
             hold_parts(pl_module)
         watch.begin_batch(pl_module, trainer.optimizers)
         if watch.due and "noise_scale" in self.measures:
-            self._noise.watch(trainer, watch.parameters(trainer.optimizers[0]))
+            self._noise.watch(trainer, watch.of(trainer.optimizers[0]).parameters)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The gradients of one batch on one rank have been seen."""
@@ -188,13 +189,13 @@ class UpdateMonitor(Callback):
             self.last = self._summary(trainer)
             log_scalars(trainer, {**self.last, **self._tell_of_outsiders(trainer)})
         watch.end_batch()
-        if trainer.fit_loop._should_accumulate():
+        if trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate():
             return
         self._noise.forget()
         watch.end_step()
         if pl_module.automatic_optimization:
             watch.due = set()  # a step that was skipped has no row; a module that steps by hand may do so later
-        if not watch.due:
+        if not watch.due and self.every_n_steps > 1:
             watch.unhook()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -242,15 +243,13 @@ class UpdateMonitor(Callback):
     # ------------------------------------------------------------------ what
 
     def _summary(self, trainer: pl.Trainer) -> dict[str, float]:
-        small = self._noise.over_ranks(trainer)
-        numbers = iter(to_host([*(sums for step in self._watch.measured for sums in step.sums.values()), *small]))
-        each = []
-        for step in self._watch.measured:
-            rows = step.of_each({name: next(numbers) for name in step.sums})
-            each += list(zip(step.layers, rows, strict=True))
-        result = layer_values(each, self.measures)
+        small, steps = self._noise.over_ranks(trainer), self._watch.measured
+        numbers = iter(to_host([*(tensor for step in steps for tensor in step.to_move()), *small]))
+        sums = joined([step.of_each(numbers) for step in steps])
+        result = layer_values([layer for step in steps for layer in step.layers], sums, self.measures)
         if small:
-            result |= self._noise.scale(next(numbers)[0], sum(row["gradient"] for _, row in each))
+            large = layer_values([None] * len(sums["gradient"]), sums, ["grad_norm"])["grad_norm/total"]
+            result |= self._noise.scale(next(numbers)[0], large**2)
         return result
 
     def _tell_of_outsiders(self, trainer: pl.Trainer) -> dict[str, float]:

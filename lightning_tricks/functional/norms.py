@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
 _PIECE = 2**12
 """Entries of which float32 adds up the squares with an error below 1e-5 where all are equal, else of about 1e-7."""
+_AT_ONCE = 2**16
+"""So many entries of short tensors are copied one after another."""
 
 
 @torch.no_grad()
@@ -19,8 +22,8 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
 
         norms[i] = sqrt(sum(|tensors[i]| ** 2))
 
-    Squares are added up in float64; of long tensors on a CPU, where that takes ten times as long, in float32 over
-    pieces of 4096 entries and in float64 over these, with another factor where squares would underflow or overflow.
+    Squares are added up in float64; of long tensors on a CPU, where that takes ten times as long, over pieces of 4096
+    entries in float32 and over these in float64, with another factor where squares would underflow or overflow.
 
     Args:
         tensors: floating or complex tensors of any shapes, dense or sparse. DTensors must be the same ones, in the
@@ -48,39 +51,60 @@ def tensor_norms(tensors: Sequence[Tensor]) -> Tensor:
     return _over_ranks(result.square(), parts).sqrt() if parts else result
 
 
-def _norms(tensors: Sequence[Tensor], before: Callable[[list[int]], object] = lambda numbers: None) -> Tensor:
+def _norms(tensors: list[Tensor], before: Callable[[list[int]], object] = lambda numbers: None) -> Tensor:
     """Norms of tensors of one device and dtype; `before` is told which of them are read next, by their numbers."""
-    in_pieces = tensors[0].is_cpu and tensors[0].dtype != torch.float64
-    long = [i for i, tensor in enumerate(tensors) if tensor.numel() > _PIECE] if in_pieces else []
-    short = [i for i, tensor in enumerate(tensors) if tensor.numel() <= _PIECE] if long else list(range(len(tensors)))
+    if not tensors[0].is_cpu:
+        before(list(range(len(tensors))))
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
+    counts = [tensor.numel() for tensor in tensors]  # of numbers whose squares add up to those of each tensor
+    long = [i for i, count in enumerate(counts) if count > _PIECE]
+    short = [i for i, count in enumerate(counts) if count <= _PIECE] if long else list(range(len(tensors)))
     if short:
         before(short)
-    rests, pieces, rows = [tensors[i] for i in short], list[Tensor](), list[Tensor]()
+    numbers = list(tensors)
     for i in long:
         before([i])
-        as_stored = sorted(range(tensors[i].dim()), key=tensors[i].stride, reverse=True)
-        flat = tensors[i].permute(as_stored).reshape(-1)  # a copy only of what has gaps
-        pieces.append(flat.unfold(0, _PIECE, _PIECE))
-        rows.append(torch.linalg.vector_norm(pieces[-1], dim=1, dtype=torch.float32))
-        rests.append(flat[pieces[-1].numel() :])
-    norms = torch.stack(torch._foreach_norm(rests, 2, dtype=torch.float64))
-    if long:
-        norms[len(short) :] = (norms[len(short) :].square() + _sums_of_squares(pieces, rows)).sqrt()
-        norms = torch.empty_like(norms).index_copy_(0, torch.tensor(short + long, device="cpu"), norms)
+        numbers[i] = _norms_of_pieces(tensors[i])
+        counts[i] = numbers[i].numel()
+    sums = _sums_of_squares(numbers, counts)
+    in_float32 = long if tensors[0].dtype != torch.float64 else []
+    for i, square in zip(in_float32, sums[in_float32].tolist() if in_float32 else [], strict=True):
+        # Squares of less than 1e-38 are lost in float32: not more of a norm of 1e-10 than of its rounding.
+        if (square < 1e-20 and tensors[i].count_nonzero()) or square == math.inf:
+            factor = 2.0**96 if square < 1 else 2.0**-96
+            sums[i] = _norms_of_pieces(tensors[i], factor).double().square_().sum() / factor**2
+    return sums.sqrt_()
+
+
+def _norms_of_pieces(tensor: Tensor, factor: float = 1.0) -> Tensor:
+    """Norms of a long tensor's pieces, and what entries are left after the last of these; both times a factor."""
+    if not tensor.is_contiguous():
+        as_stored = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        tensor = tensor.permute(as_stored).reshape(-1)  # a copy only of what has gaps
+    if left := tensor.numel() % _PIECE:
+        pieces, rest = tensor.view(-1)[:-left].view(-1, _PIECE), tensor.view(-1)[-left:]
+        return torch.cat([_norms_of_pieces(pieces, factor), rest * factor])
+    pieces = tensor.view(-1, _PIECE)
+    if factor != 1:
+        pieces = pieces.float() * factor
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(pieces, dim=1, dtype=dtype)
     return norms
 
 
-def _sums_of_squares(pieces: list[Tensor], rows: list[Tensor]) -> Tensor:
-    """Over all pieces of each tensor, from their norms in float32."""
-    squares = torch.split(torch.cat(rows).double().square_(), [row.numel() for row in rows])
-    sums = torch.stack([part.sum() for part in squares])
-    for i, square in enumerate(sums.tolist()):
-        # Squares of less than 1e-38 are lost in float32: not more of a norm of 1e-10 than of its rounding.
-        if (square < 1e-20 and pieces[i].count_nonzero()) or square == math.inf:
-            factor = 2.0**96 if square < 1 else 2.0**-96
-            norms = torch.linalg.vector_norm(pieces[i].float() * factor, dim=1)
-            sums[i] = norms.double().square_().sum() / factor**2
-    return sums
+def _sums_of_squares(tensors: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Of tensors on a CPU with so many entries each, in float64: of many tensors at once, so that calls cost little."""
+    sums, first = list[Tensor](), 0
+    while first < len(counts):
+        last, entries = first + 1, counts[first]
+        while last < len(counts) and entries + counts[last] <= _AT_ONCE:
+            entries += counts[last]
+            last += 1
+        flat: Tensor = _flatten_dense_tensors(tensors[first:last])  # type: ignore[no-untyped-call]
+        lengths = torch.tensor(counts[first:last], device="cpu")
+        sums.append(torch.segment_reduce(flat.double().square(), "sum", lengths=lengths, unsafe=True))
+        first = last
+    return torch.cat(sums)
 
 
 @torch.no_grad()

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from sharded import whole
 from torch import nn
 
 import lightning_tricks as lt
+from lightning_tricks.callbacks import step_rows
 
 
 def norm(values):
@@ -54,7 +56,15 @@ def ours(logger):
     }
 
 
-def check(module=None, every=1, rel=1e-5, **options):
+def check(module=None, **options):
+    """Measured tensor by tensor, and in the rows of a small model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_rows, "_ENTRIES", 0)
+        compare(copy.deepcopy(module), **options)
+    return compare(module, **options)
+
+
+def compare(module=None, every=1, rel=1e-5, **options):
     logger, oracle = MemoryLogger(), Oracle()
     fit([oracle, lt.UpdateMonitor(every)], module, logger=logger, **options)
     rows = ours(logger)
@@ -91,7 +101,9 @@ def test_gradients_before_clipping_and_updates_after_it():
     assert all(row["grad_norm/total"] > 0.05 for row in ours(logger).values())
 
 
-def test_manual_optimization_with_two_optimizers_of_different_rhythm():
+@pytest.mark.parametrize("entries", [0, step_rows._ENTRIES])
+def test_manual_optimization_with_two_optimizers_of_different_rhythm(entries, monkeypatch):
+    monkeypatch.setattr(step_rows, "_ENTRIES", entries)
     logger, oracle = MemoryLogger(), Oracle()
     fit([oracle, lt.UpdateMonitor(1)], TwoOptimizers(), logger=logger, max_epochs=1)
     rows = ours(logger)
