@@ -20,13 +20,13 @@ class StepRows:
     """
 
     def __init__(self, parameters: list[Tensor], layers: Sequence[str | None], wanted: set[str]) -> None:
-        self.parameters, self.layers = parameters, list(dict.fromkeys(layers))
+        self.parameters, self.layers = parameters, tuple(dict.fromkeys(layers))
         self.has_gradients = False
         self._names = [name for name in _NAMES if name in wanted or (name == "weight" and "update" in wanted)]
         places, width = _places(parameters, layers)
-        shape = len(self._names), len(self.layers), width
-        self._rows = torch.zeros(shape, dtype=torch.float64, device="cpu")
-        self._row = dict(zip(self._names, self._rows, strict=True))
+        count = len(self.layers)
+        self._rows = torch.zeros(len(self._names) * count, width, dtype=torch.float64, device="cpu")
+        self._row = dict(zip(self._names, torch.split(self._rows, count), strict=True))
         self._entries = {
             name: [
                 rows[row, start : start + p.numel()].view(p.shape)
@@ -79,7 +79,7 @@ class StepRows:
         """What is to be moved to the host: the norms of all rows, one after another."""
         if "update" in self._row:
             self._row["update"].sub_(self._row["weight"])
-        return [torch.linalg.vector_norm(self._rows, dim=2).view(-1)]
+        return [torch.linalg.vector_norm(self._rows, dim=1)]
 
     def of_each(self, numbers: Iterator[Sequence[float]]) -> dict[str, Sequence[float]]:
         """The norms of each layer by name.

@@ -262,31 +262,35 @@ def layer_values(
         >>> layer_values(["a", "b"], {"weight": [3.0, 4.0]}, ["weight_norm"])
         {'weight_norm/a': 3.0, 'weight_norm/b': 4.0, 'weight_norm/total': 5.0}
     """
-    groups, keys = _groups(tuple(layers))
-    result: dict[str, float] = {}
+    groups, keys = _groups_and_keys(tuple(layers), tuple(measures))
     added = {name: _added(name, values, groups) for name, values in sums.items()}
-    for measure in measures:
+    result: dict[str, float] = {}
+    for measure, its_keys in keys.items():
         names, formula = _FORMULAS[measure]
-        if measure == "noise_scale" or not added.keys() >= SUMS[measure]:
+        if not added.keys() >= SUMS[measure]:
             continue
         values = added[names[0]]
         if formula is not None:
             rows = zip(*[added[name] for name in names], strict=True)
             values = [None if None in terms else formula(*terms) for terms in rows]
-        for key, value in zip(keys, values, strict=True):
+        for key, value in zip(its_keys, values, strict=True):
             if value is not None:
-                result[measure + key] = value
+                result[key] = value
     return result
 
 
 @lru_cache(maxsize=8)
-def _groups(layers: tuple[str | None, ...]) -> tuple[list[list[int]], list[str]]:
-    """The numbers of each layer's parameters, and the ends of the keys of all layers and the total."""
+def _groups_and_keys(
+    layers: tuple[str | None, ...], measures: tuple[str, ...]
+) -> tuple[list[list[int]], dict[str, list[str]]]:
+    """The numbers of each layer's parameters, and of each measure the keys of all layers and the total."""
     members: dict[str | None, list[int]] = {}
     for i, layer in enumerate(layers):
         members.setdefault(layer, []).append(i)
     members.pop(None, None)
-    return list(members.values()), [f"/{layer}" for layer in (*members, "total")]
+    named = [measure for measure in measures if measure != "noise_scale"]
+    keys = {measure: [f"{measure}/{layer}" for layer in (*members, "total")] for measure in named}
+    return list(members.values()), keys
 
 
 def _added(name: str, values: Sequence[Any], groups: Sequence[Sequence[int]]) -> list[float | None]:

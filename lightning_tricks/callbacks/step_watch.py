@@ -1,7 +1,7 @@
 """Hooks on optimizers that measure a real step: gradients and weights before it, what it added, and the step before."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +62,14 @@ class StepWatch:
         self._stepped: set[int] = set()  # optimizers that did in this step of the trainer
         self._copies: dict[int, WeightCopies] = {}
         self._last: dict[int, WeightCopies] = {}  # updates of the step before
+        self._optimizers: list[Optimizer] = []  # that have the hooks
         self._handles: list[RemovableHandle] = []
 
     def __bool__(self) -> bool:
         """Whether it watches."""
         return bool(self._handles)
 
-    def begin_batch(self, module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    def begin_batch(self, module: nn.Module, optimizers: list[Optimizer]) -> None:
         """Watch the optimizers, and see what the parameters are.
 
         Args:
@@ -77,8 +78,9 @@ class StepWatch:
         """
         self._module = module
         self._turns = self.turns(module, begun=True)
-        if not self._handles:
-            optimizers = list(optimizers)
+        if self._optimizers != optimizers:
+            self.unhook()
+            self._optimizers = list(optimizers)
             self._handles = after_real_steps(self.owner, optimizers, self._after_step)
             self._handles += [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
 
@@ -113,13 +115,16 @@ class StepWatch:
 
     def end_batch(self) -> None:
         """Forget what belongs to the batch."""
-        self._steps, self.measured = {}, []
+        self._steps.clear()
+        self.measured.clear()
 
     def end_step(self) -> None:
         """What comes next does not follow the last step of an optimizer that did not step now."""
-        for key in self._last.keys() - self._stepped:
-            self._last[key].parameters = []
-        self.leading, self._stepped = set(), set()
+        for key, last in self._last.items():
+            if key not in self._stepped:
+                last.parameters = []
+        self.leading.clear()
+        self._stepped.clear()
 
     def forget_names(self) -> None:
         """Look anew at what the module's parameters are called."""
@@ -129,7 +134,7 @@ class StepWatch:
         """Watch no more."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._optimizers = [], []
 
     def of(self, optimizer: Optimizer) -> Measured:
         """What is measured of an optimizer: parameters of the module that are trained now.
@@ -198,7 +203,7 @@ class StepWatch:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Measure what there is before the step: where that calls a closure, after the first call of it."""
-        if id(optimizer) not in self.due | self.leading:
+        if id(optimizer) not in self.due and id(optimizer) not in self.leading:
             return None
         by_name = kwargs.get("closure") is not None
         closure = kwargs["closure"] if by_name else args[1] if len(args) > 1 else None  # args[0] is the optimizer
@@ -233,7 +238,7 @@ class StepWatch:
 
     def _after_step(self, optimizer: Optimizer) -> None:
         key = id(optimizer)
-        if key not in self.due | self.leading or key not in self._steps:
+        if key not in self._steps or (key not in self.due and key not in self.leading):
             return
         self._stepped.add(key)
         step, copies, last = self._steps[key], self._copies.get(key), self._last.get(key)

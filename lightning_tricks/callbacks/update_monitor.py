@@ -191,11 +191,12 @@ class UpdateMonitor(Callback):
         watch.end_batch()
         if trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate():
             return
-        self._noise.forget()
+        if "noise_scale" in self.measures:
+            self._noise.forget()
         watch.end_step()
         if pl_module.automatic_optimization:
             watch.due = set()  # a step that was skipped has no row; a module that steps by hand may do so later
-        if not watch.due and self.every_n_steps > 1:
+        if not watch.due and self.every_n_steps > 1:  # else the next step is measured as well
             watch.unhook()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -246,7 +247,8 @@ class UpdateMonitor(Callback):
         small, steps = self._noise.over_ranks(trainer), self._watch.measured
         numbers = iter(to_host([*(tensor for step in steps for tensor in step.to_move()), *small]))
         sums = joined([step.of_each(numbers) for step in steps])
-        result = layer_values([layer for step in steps for layer in step.layers], sums, self.measures)
+        layers = steps[0].layers if len(steps) == 1 else [layer for step in steps for layer in step.layers]
+        result = layer_values(layers, sums, self.measures)
         if small:
             large = layer_values([None] * len(sums["gradient"]), sums, ["grad_norm"])["grad_norm/total"]
             result |= self._noise.scale(next(numbers)[0], large**2)

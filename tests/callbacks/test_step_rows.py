@@ -55,7 +55,7 @@ def test_norms_of_rows_are_those_of_loops(dtypes, layers):
             "weight": before,
             "update": [new - old for new, old in zip(after, before, strict=True)],
         }
-        assert rows.layers == list(dict.fromkeys(layers))
+        assert rows.layers == tuple(dict.fromkeys(layers))
         assert each.keys() == expected.keys()
         for name, tensors in expected.items():
             for layer, value in zip(rows.layers, each[name], strict=True):
