@@ -11,7 +11,7 @@ from wandb.proto import wandb_internal_pb2
 BLOCK, HEADER, FILE_HEADER = 32768, 7, 7
 
 
-def _records(data: bytes) -> Any:
+def payloads(data: bytes) -> Any:
     """The whole payloads of a LevelDB-style log: chunks in blocks of 32 KiB, each with checksum, length and kind."""
     position, parts = FILE_HEADER, b""
     while position + HEADER <= len(data):
@@ -37,7 +37,7 @@ def _finished(folder: Path, patience: float = 60.0) -> list[wandb_internal_pb2.R
     end = time.monotonic() + patience
     while True:
         records = []
-        for payload in (payload for path in folder.glob("*.wandb") for payload in _records(path.read_bytes())):
+        for payload in (payload for path in folder.glob("*.wandb") for payload in payloads(path.read_bytes())):
             records.append(wandb_internal_pb2.Record())
             records[-1].ParseFromString(payload)
         if any(record.WhichOneof("record_type") == "exit" for record in records):

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from kit import fit
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from matplotlib.colors import LogNorm
-from offline_wandb import read_run
+from offline_wandb import payloads, read_run
 from offline_wandb import runs as offline_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -34,6 +34,7 @@ from lightning_tricks.ablations.pictures import answer, forest
 from lightning_tricks.reports import report
 from lightning_tricks.reports.build import _learning_rates, as_png, file_name, learning_curves, write_page
 from lightning_tricks.reports.groups import flatten, group_runs
+from lightning_tricks.reports.offline import read_offline
 from lightning_tricks.reports.pictures import Curve, Panel, curves, layers
 from lightning_tricks.reports.runs import Run, read_runs
 from lightning_tricks.reports.summary import (
@@ -152,6 +153,21 @@ def test_a_killed_run_is_read_as_far_as_it_was_written(logs, tmp_path):
     assert 0 < len(run.series["train/loss"]) < len(whole.series["train/loss"])
     assert run.series["train/loss"].items() <= whole.series["train/loss"].items()
     assert "not finished or was killed" in run.notes[0]
+
+
+def test_a_run_that_is_being_written_is_read_as_far_as_it_is_there(logs, tmp_path):
+    """At every 17th byte, and at every one of the last."""
+    file = min(logs.rglob("*.wandb"), key=lambda path: path.stat().st_size)
+    data, cut = file.read_bytes(), tmp_path / file.name
+    whole, oracle = read_offline("report", file), list(payloads(data))
+    for size in (*range(7, len(data) - 100, 17), *range(len(data) - 100, len(data))):
+        cut.write_bytes(data[:size])
+        part = read_offline("report", cut)
+        assert part.rows == whole.rows[: len(part.rows)], size
+        assert part.cut_off, size
+        there = list(payloads(data[:size]))
+        assert there == oracle[: len(there)], size
+    assert not whole.cut_off
 
 
 def test_a_row_that_was_cut_off_is_left_out_and_said(tmp_path):

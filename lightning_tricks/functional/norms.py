@@ -83,7 +83,7 @@ def _norms_of_pieces(tensor: Tensor, factor: float = 1.0) -> Tensor:
         tensor = tensor.permute(as_stored).reshape(-1)  # a copy only of what has gaps
     if left := tensor.numel() % _PIECE:
         pieces, rest = tensor.view(-1)[:-left].view(-1, _PIECE), tensor.view(-1)[-left:]
-        return torch.cat([_norms_of_pieces(pieces, factor), rest * factor])
+        return torch.cat([_norms_of_pieces(pieces, factor), rest if factor == 1 else rest.float() * factor])
     pieces = tensor.view(-1, _PIECE)
     if factor != 1:
         pieces = pieces.float() * factor

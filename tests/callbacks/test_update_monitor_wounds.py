@@ -283,6 +283,19 @@ def test_hooks_are_there_on_logged_steps_only():
     assert seen == [0, 0, 2, 0, 0, 2]
 
 
+def test_optimizers_that_are_replaced_are_followed_at_every_step():
+    class Replaces(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 2:
+                trainer.strategy.optimizers = [torch.optim.SGD(pl_module.head.parameters(), lr=0.01)]
+
+    logger = MemoryLogger()
+    trainer, _ = fit([Replaces(), lt.UpdateMonitor(1)], logger=logger, max_epochs=1)
+    layers = [{key for key in row if key.startswith("update_ratio/")} for _, row in logger.rows]
+    assert [len(keys) for keys in layers if keys] == [4, 4, 2, 2, 2, 2]
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
 # wandb: #10100, RadarML/nrdk: #38; hooks on tensors see the gradient of each of the batches of a step.
 def test_accumulated_gradients_are_measured_once_and_whole():
     class Same(Net):

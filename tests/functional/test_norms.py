@@ -82,6 +82,18 @@ def test_entries_whose_squares_do_not_fit_float32_are_measured(value):
     assert norms[2] == pytest.approx(expected[1], rel=1e-5)  # all entries equal is the worst case
 
 
+@pytest.mark.parametrize("dtype", FLOATS[:3], ids=str)
+@pytest.mark.parametrize("length", [2**12 + 3, 2**13 - 1, 2**14 + 1])
+def test_what_is_left_of_a_long_tensor_of_tiny_or_huge_entries_is_measured(dtype, length):
+    for value in (torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max):
+        tensors = [torch.full((length,), value, dtype=dtype), torch.ones(2, dtype=dtype)]
+        assert tensor_norms(tensors).tolist() == pytest.approx([value * math.sqrt(length), math.sqrt(2)], rel=1e-5)
+
+
+def test_nothing_but_empty_tensors():
+    assert tensor_norms([torch.empty(0), torch.empty(3, 0)]).tolist() == [0, 0]
+
+
 def test_infinity_among_huge_entries_stays_infinite():
     assert tensor_norms([torch.tensor([1e38, math.inf])]).isinf().all()
 
