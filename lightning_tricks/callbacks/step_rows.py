@@ -11,7 +11,7 @@ _NAMES = ("gradient", "clipped", "weight", "update")
 
 
 class StepRows:
-    """Norms of each layer in a step of one optimizer: what `StepSums` has of each parameter, in its methods.
+    """Norms of each layer in a step of one optimizer, as `StepSums` has sums of each parameter; without `WeightCopies`.
 
     Args:
         parameters: what is measured, of which `fit_in_rows` is true.
@@ -22,6 +22,7 @@ class StepRows:
     def __init__(self, parameters: list[Tensor], layers: Sequence[str | None], wanted: set[str]) -> None:
         self.parameters, self.layers = parameters, tuple(dict.fromkeys(layers))
         self.has_gradients = False
+        self._scales: dict[str, Tensor | float] = {}
         self._names = [name for name in _NAMES if name in wanted or (name == "weight" and "update" in wanted)]
         places, width = _places(parameters, layers)
         count = len(self.layers)
@@ -35,6 +36,11 @@ class StepRows:
             for name, rows in self._row.items()
         }
 
+    def begin(self) -> None:
+        """A step begins, whatever became of the last."""
+        self.has_gradients = False
+        self._scales.clear()
+
     def add_gradients(self, scale: Tensor | float = 1.0) -> None:
         """The gradients before clipping.
 
@@ -44,12 +50,11 @@ class StepRows:
         self.has_gradients = True
         self._add("gradient", self._gradients(), scale)
 
-    def add_before_step(self, scale: Tensor | float = 1.0, copies: object = None) -> None:
+    def add_before_step(self, scale: Tensor | float = 1.0) -> None:
         """The gradients after clipping, and the weights.
 
         Args:
             scale: what the gradients are still multiplied by.
-            copies: no others are needed.
         """
         if "clipped" in self._row:
             self._add("clipped", self._gradients(), scale)
@@ -63,15 +68,15 @@ class StepRows:
         if name in self._row:
             with torch.no_grad():
                 torch._foreach_copy_(self._entries[name], tensors)
-                if not isinstance(scale, float) or scale != 1:
-                    self._row[name].div_(scale)
+            if not isinstance(scale, float) or scale != 1:
+                self._scales[name] = scale
 
     def _gradients(self) -> list[Tensor]:
         gradients = [parameter.grad for parameter in self.parameters]
         for i, gradient in enumerate(gradients):
             if gradient is None:
                 gradients[i] = torch.zeros_like(self.parameters[i])
-            elif gradient.is_sparse:
+            elif gradient.layout != torch.strided:
                 gradients[i] = gradient.to_dense()
         return gradients  # type: ignore[return-value]
 
@@ -79,7 +84,11 @@ class StepRows:
         """What is to be moved to the host: the norms of all rows, one after another."""
         if "update" in self._row:
             self._row["update"].sub_(self._row["weight"])
-        return [torch.linalg.vector_norm(self._rows, dim=1)]
+        norms = torch.linalg.vector_norm(self._rows, dim=1)
+        for name, scale in self._scales.items():
+            first = self._names.index(name) * len(self.layers)
+            norms[first : first + len(self.layers)] /= scale
+        return [norms]
 
     def of_each(self, numbers: Iterator[Sequence[float]]) -> dict[str, Sequence[float]]:
         """The norms of each layer by name.
@@ -103,7 +112,8 @@ def fit_in_rows(parameters: Sequence[Tensor], layers: Sequence[str | None], want
     return (
         len(parameters) > 0
         and wanted <= set(_NAMES)
-        and all(type(p.data) is Tensor and p.is_cpu and p.is_floating_point() for p in parameters)
+        and all(type(p.data) is Tensor and p.layout == torch.strided for p in parameters)
+        and all(p.is_cpu and p.is_floating_point() for p in parameters)
         and len(set(layers)) * _places(parameters, layers)[1] <= _ENTRIES
     )
 

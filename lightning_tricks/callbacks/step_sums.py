@@ -136,6 +136,7 @@ class StepSums:
         self.parameters, self.layers, self.wanted = parameters, layers, wanted
         self.updated = range(len(parameters)) if updated is None else updated
         self.sums: dict[str, Tensor] = {}
+        self.copies: WeightCopies | None = None  # of the weights whose update is measured, once they are taken
         self.has_gradients = False
         self.without_gradient: list[int] = []
 
@@ -155,18 +156,17 @@ class StepSums:
         if "nonfinite" in self.wanted:
             self.sums["nonfinite"] = nonfinite_counts(gradients)
 
-    def add_before_step(self, scale: Tensor | float = 1.0, copies: WeightCopies | None = None) -> None:
+    def add_before_step(self, scale: Tensor | float = 1.0) -> None:
         """The gradients after clipping, and the weights.
 
         Args:
             scale: what the gradients are still multiplied by.
-            copies: of the weights, those whose update is measured.
         """
         if "clipped" in self.wanted:
             self.sums["clipped"] = _unscaled(tensor_norms(self._gradients()), scale)
         if "weight" in self.wanted:
-            if copies is not None and copies.is_of(self.parameters):
-                self.sums["weight"] = copies.norms
+            if self.copies is not None and self.copies.is_of(self.parameters):
+                self.sums["weight"] = self.copies.norms
             else:
                 self.sums["weight"] = tensor_norms(self.parameters)
 

@@ -23,15 +23,15 @@ class Measured:
     """What is measured of an optimizer, as long as what it has stays what it is.
 
     Args:
-        every: all its parameters.
-        state: what else this depends on.
+        every: all its parameters, held so that no other gets the number of one of them.
+        state: what this depends on; None if it is to be looked at anew each time.
         parameters: those that are measured.
         layers: their layers.
         rows: what measures them, where they are a small model's.
     """
 
     every: Sequence[Tensor]
-    state: Sequence[Any]
+    state: Sequence[Any] | None
     parameters: Sequence[Tensor]
     layers: Sequence[str | None]
     rows: StepRows | None
@@ -78,7 +78,7 @@ class StepWatch:
         """
         self._module = module
         self._turns = self.turns(module, begun=True)
-        if self._optimizers != optimizers:
+        if self._optimizers != optimizers or not all(map(_is_last, self._handles)):
             self.unhook()
             self._optimizers = list(optimizers)
             self._handles = after_real_steps(self.owner, optimizers, self._after_step)
@@ -143,7 +143,7 @@ class StepWatch:
             optimizer: one of those that are watched.
         """
         every = [p for group in optimizer.param_groups for p in group["params"]]
-        state = [(id(p), p.requires_grad, p.shape) for p in every]
+        state = [(id(p), p.requires_grad, p.shape, p.dtype) for p in every]
         known = self._known.get(id(optimizer))
         if known is None or known.state != state:
             names = {} if self._module is None else {id(p): name for name, p in self._module.named_parameters()}
@@ -151,7 +151,9 @@ class StepWatch:
             layers = [layer_of(names[id(p)], self.layers) for p in parameters]
             small = self.max_memory is None and fit_in_rows(parameters, layers, self.wanted)
             rows = StepRows(parameters, layers, self.wanted) if small else None
-            known = self._known[id(optimizer)] = Measured(every, state, parameters, layers, rows)
+            all_named = all(id(p) in names for p in every)  # else one may get its name later
+            known = Measured(every, state if all_named else None, parameters, layers, rows)
+            self._known[id(optimizer)] = known
         return known
 
     def see_gradients(self, optimizer: Optimizer) -> None:
@@ -190,7 +192,7 @@ class StepWatch:
     def _new_step(self, known: Measured, count: int) -> StepSums | StepRows:
         taken = {id(p) for step in self._steps.values() for p in step.parameters} if self._steps else set()
         if known.rows is not None and taken.isdisjoint(map(id, known.parameters)):
-            known.rows.has_gradients = False
+            known.rows.begin()
             return known.rows
         chosen = [i for i, p in enumerate(known.parameters) if id(p) not in taken]
         layers, updated = [known.layers[i] for i in chosen], None
@@ -224,36 +226,43 @@ class StepWatch:
         return (args[0], then_measure, *args[2:]), kwargs
 
     def _begin(self, optimizer: Optimizer) -> None:
-        step, scale, copies = self._step(optimizer), self._scale(optimizer), None
+        step, scale = self._step(optimizer), self._scale(optimizer)
         if isinstance(step, StepSums) and "update" in self.wanted:
             copies = self._copies.get(id(optimizer)) or WeightCopies()
             if self.max_memory is not None:
                 self._copies = {}  # others are freed before there are these
-            self._copies[id(optimizer)] = copies
+            self._copies[id(optimizer)] = step.copies = copies
             copies.take([step.parameters[i] for i in step.updated])
         if id(optimizer) in self.due:
             if not step.has_gradients:  # an optimizer of the user's own, past Lightning's hook
                 step.add_gradients(scale)
-            step.add_before_step(scale, copies)
+            step.add_before_step(scale)
 
     def _after_step(self, optimizer: Optimizer) -> None:
         key = id(optimizer)
         if key not in self._steps or (key not in self.due and key not in self.leading):
             return
         self._stepped.add(key)
-        step, copies, last = self._steps[key], self._copies.get(key), self._last.get(key)
+        step, last = self._steps[key], self._last.get(key)
         if isinstance(step, StepRows):
             step.add_update()
-        elif copies is not None:
-            copies.subtract()
+        elif step.copies is not None:
+            step.copies.subtract()
             if key in self.due:
-                step.add_update(copies, last)
+                step.add_update(step.copies, last)
             if "last" in self.wanted:
-                self._copies[key], self._last[key] = last or WeightCopies(), copies
+                self._copies[key], self._last[key] = last or WeightCopies(), step.copies
+            step.copies = None
         if key in self.due:
             self.due.discard(key)  # of several steps in one batch the first is measured
             self.counts[key] += 1
             self.measured += [step] if step.parameters else []
+
+
+def _is_last(handle: RemovableHandle) -> bool:
+    """Whether a hook is the last of its kind: what others do to the weights belongs to the step."""
+    hooks: Any = handle.hooks_dict_ref()
+    return hooks is not None and next(reversed(hooks), None) == handle.id
 
 
 def turns_that_fit(owner: str, sizes: Mapping[str | None, int], limit: int, fix: str) -> Sequence[set[str | None]]:

@@ -63,11 +63,12 @@ class UpdateMonitor(Callback):
             that warm up or decay to 0 leave every band.
         patience: logs in a row that a layer must be outside.
         max_extra_memory: bytes on each rank for the copies of weights from before a step; None is as many as the
-            measured parameters take (half precision: as in float32), twice that with `update_cosine`, or up to half a
-            megabyte for a model of at most 16384 entries, whose norms are then taken at once. With less, the
-            updates of some layers are measured in one logged step of an optimizer and those of others in its next, in
-            turn; where some are not known, the measures of updates have no total. It must hold the largest layer; one
-            that is unfrozen later and too large for it is not measured, with a warning.
+            measured parameters take (half precision: as in float32), twice that with `update_cosine`. (Where norms and
+            ratios alone are measured and the number of layers times the entries of the largest is at most 16384, up to
+            half a megabyte for an optimizer: they are taken at once.) With less, the updates of some layers are
+            measured in one logged step of an optimizer and those of others in its next, in turn; where some are not
+            known, the measures of updates have no total. It must hold the largest layer; one that is unfrozen later and
+            too large for it is not measured, with a warning.
     Raises:
         TypeError, ValueError: an argument out of range, another UpdateMonitor in the Trainer, FSDP1 or DeepSpeed, a
             layer called `total`, a pattern without a parameter, a layer larger than `max_extra_memory`, or nothing to

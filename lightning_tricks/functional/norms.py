@@ -56,6 +56,11 @@ def _norms(tensors: list[Tensor], before: Callable[[list[int]], object] = lambda
     if not tensors[0].is_cpu:
         before(list(range(len(tensors))))
         return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64))
+    with torch.autocast("cpu", enabled=False):  # which refuses to join tensors of some dtypes
+        return _norms_on_cpu(tensors, before)
+
+
+def _norms_on_cpu(tensors: list[Tensor], before: Callable[[list[int]], object]) -> Tensor:
     counts = [tensor.numel() for tensor in tensors]  # of numbers whose squares add up to those of each tensor
     long = [i for i, count in enumerate(counts) if count > _PIECE]
     short = [i for i, count in enumerate(counts) if count <= _PIECE] if long else list(range(len(tensors)))
@@ -80,7 +85,7 @@ def _norms_of_pieces(tensor: Tensor, factor: float = 1.0) -> Tensor:
     """Norms of a long tensor's pieces, and what entries are left after the last of these; both times a factor."""
     if not tensor.is_contiguous():
         as_stored = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-        tensor = tensor.permute(as_stored).reshape(-1)  # a copy only of what has gaps
+        tensor = tensor.permute(as_stored).reshape(-1).contiguous()  # a copy only of what has gaps
     if left := tensor.numel() % _PIECE:
         pieces, rest = tensor.view(-1)[:-left].view(-1, _PIECE), tensor.view(-1)[-left:]
         return torch.cat([_norms_of_pieces(pieces, factor), rest if factor == 1 else rest.float() * factor])
@@ -130,7 +135,7 @@ def norms_after(
         (tensor([5.], dtype=torch.float64), [tensor([-3., -4.])])
     """
     theirs, sharded = _local(tensors)
-    if len({(part.device, part.dtype) for part in parts}) == 1:
+    if len({(part.device, part.dtype, part.layout) for part in parts}) == 1 and parts[0].layout == torch.strided:
 
         def change_these(numbers: list[int]) -> None:
             change([parts[i] for i in numbers], [theirs[i] for i in numbers])

@@ -71,12 +71,28 @@ def test_tiny_and_huge_entries_neither_vanish_nor_overflow():
     assert norms == pytest.approx([1e-30 * math.sqrt(3), 1e30 * math.sqrt(3)], rel=1e-6)
 
 
+def test_a_scale_is_of_its_own_step():
+    trained = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    rows = StepRows(trained, ["a", "b"], {"gradient"})
+    for scale, factor in ((torch.tensor(0.0), math.inf), (torch.tensor(2.0), 0.5), (1.0, 1.0)):
+        rows.begin()
+        rows.add_gradients(scale)
+        assert rows.to_move()[0].tolist() == pytest.approx([factor * math.sqrt(2), factor * math.sqrt(3)])
+    rows.add_gradients(torch.tensor(2.0))  # of a step that was skipped
+    rows.begin()
+    rows.add_gradients(1.0)
+    assert rows.to_move()[0].tolist() == pytest.approx([math.sqrt(2), math.sqrt(3)])
+
+
 def test_what_rows_cannot_hold_does_not_fit():
     sparse_names = NAMES | {"zeros"}
     plain = parameters([torch.float32])
     assert fit_in_rows(plain, list("abcde"), NAMES)
     assert not fit_in_rows(plain, list("abcde"), sparse_names)
     assert not fit_in_rows([], [], NAMES)
+    assert not fit_in_rows([nn.Parameter(torch.eye(3).to_sparse())], ["a"], NAMES)
     assert not fit_in_rows([*plain, nn.Parameter(torch.randn(2, dtype=torch.complex64))], list("abcdef"), NAMES)
     assert not fit_in_rows([nn.Parameter(torch.empty(2, device="meta"))], ["a"], NAMES)
     long = [nn.Parameter(torch.ones(step_rows._ENTRIES // 2)), nn.Parameter(torch.ones(1))]
@@ -147,6 +163,81 @@ def test_a_parameter_that_takes_another_shape_is_measured_anew(monkeypatch):
     weights = [row["weight_norm/extra"] for row in both(monkeypatch, WithExtra, [Grows()])]
     assert weights[8] == pytest.approx(math.sqrt(5), rel=0.2)
     assert weights[7] < 2
+
+
+class SparseWeight(Plain):
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Parameter(torch.eye(3).to_sparse())
+
+    def forward(self, x):
+        return super().forward(x) + 0.1 * torch.sparse.sum(self.extra) * torch.tensor([1.0, 2.0, 3.0])
+
+
+def test_a_sparse_parameter_is_measured(monkeypatch):
+    for row in both(monkeypatch, SparseWeight):
+        assert row["weight_norm/extra"] == pytest.approx(math.sqrt(3), rel=0.5)
+        assert row["update_norm/extra"] == pytest.approx(0.1 * row["grad_norm/extra"], rel=1e-3)
+
+
+class BecomesComplex(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.current_epoch == 1 and batch_idx == 2:
+            pl_module.extra.data, pl_module.extra.grad = torch.complex(torch.ones(2), 5 * torch.ones(2)), None
+
+
+class WithComplex(WithExtra):
+    def forward(self, x):
+        return super().forward(x) if not self.extra.is_complex() else Net.forward(self, x) + self.extra.sum().real
+
+
+def test_a_parameter_that_takes_another_dtype_is_measured_anew(monkeypatch):
+    weights = [row["weight_norm/extra"] for row in both(monkeypatch, WithComplex, [BecomesComplex()])]
+    assert weights[8] == pytest.approx(math.sqrt(52), rel=0.2)
+
+
+class Late(Plain):
+    """The optimizer has a parameter that the module has a name of later."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = [nn.Parameter(torch.ones(2))]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([*self.head.parameters(), *self.held], lr=0.1)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 2:
+            self.extra = self.held[0]
+
+    def forward(self, x):
+        return super().forward(x) + self.held[0].sum()
+
+
+def test_a_parameter_that_gets_its_name_late_is_measured_from_then_on(monkeypatch):
+    there = ["weight_norm/extra" in row for row in both(monkeypatch, Late)]
+    assert there == [False, False, *[True] * 10]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_hooks_of_others_do_to_the_weights_belongs_to_the_step(every):
+    class Halves(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 2:
+                trainer.optimizers[0].register_step_post_hook(self.halve)
+
+        @torch.no_grad()
+        def halve(self, optimizer, *args):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(0.5)
+
+    for callbacks in ([Halves(), lt.UpdateMonitor(every)], [lt.UpdateMonitor(every), Halves()]):
+        logger = MemoryLogger()
+        fit(callbacks, Plain(), logger=logger, max_epochs=1)
+        ratios = logger.series("update_ratio/total")
+        # Registered in the batch itself, behind the monitor's own, it counts from the next one on.
+        assert all((ratio > 0.3) == (step > 2) for step, ratio in ratios.items() if step != 2)
 
 
 def test_a_parameter_of_two_optimizers_is_measured_once(monkeypatch):

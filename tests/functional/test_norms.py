@@ -90,6 +90,29 @@ def test_what_is_left_of_a_long_tensor_of_tiny_or_huge_entries_is_measured(dtype
         assert tensor_norms(tensors).tolist() == pytest.approx([value * math.sqrt(length), math.sqrt(2)], rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("lengths", [(5, 4), (5000, 4)], ids=str)
+def test_norms_under_autocast(dtype, lengths):
+    tensors = [torch.ones(length, dtype=dtype) for length in lengths]
+    expected = [math.sqrt(length) for length in lengths]
+    for other in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=other):
+            assert tensor_norms(tensors).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("view", [lambda x: x[::2], lambda x: x.view(-1, 4)[:, ::2], lambda x: x[:1].expand(2**14)])
+def test_equal_entries_with_gaps_between_them(view):
+    tensor = view(torch.full((2**15,), 1.885))
+    expected = torch.tensor(1.885).item() * math.sqrt(tensor.numel())
+    assert tensor_norms([tensor]).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_norms_after_changing_sparse_tensors():
+    weights, copies = [torch.eye(3).to_sparse()], [torch.zeros(3, 3).to_sparse()]
+    assert norms_after(torch._foreach_copy_, copies, weights).item() == pytest.approx(math.sqrt(3))
+    assert norms_after(torch._foreach_sub_, copies, weights).item() == 0
+
+
 def test_nothing_but_empty_tensors():
     assert tensor_norms([torch.empty(0), torch.empty(3, 0)]).tolist() == [0, 0]
 
