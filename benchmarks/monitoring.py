@@ -79,8 +79,9 @@ class _Ours:
         layers = [name.rpartition(".")[0] for name, _ in self.named]
         sums = StepSums(parameters, layers, {name for measure in MEASURES for name in SUMS[measure]})
         sums.add_gradients()
+        sums.copies = self.copies
         self.copies.take(parameters)
-        sums.add_before_step(1.0, self.copies)
+        sums.add_before_step()
         self.step()
         self.copies.subtract()
         sums.add_update(self.copies, None)
