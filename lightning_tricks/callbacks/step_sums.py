@@ -80,7 +80,7 @@ class WeightCopies:
 
     def _fits(self, own: list[Tensor]) -> bool:
         return len(own) == len(self.tensors) and all(
-            copy.is_same_size(tensor) and copy.dtype == _wide(tensor.dtype) and copy.device == tensor.device
+            copy.is_same_size(tensor) and copy.dtype == _wide(tensor.dtype) and copy.get_device() == tensor.get_device()
             for copy, tensor in zip(self.tensors, own, strict=True)
         )
 
