@@ -84,7 +84,7 @@ class _Ours:
         sums.add_before_step()
         self.step()
         self.copies.subtract()
-        sums.add_update(self.copies, None)
+        sums.add_update()
         return layer_values(layers, sums.of_each(iter(to_host(sums.to_move()))), MEASURES)
 
 

@@ -23,11 +23,11 @@ class StepRows:
         self.parameters, self.layers = parameters, tuple(dict.fromkeys(layers))
         self.has_gradients = False
         self._scales: dict[str, Tensor | float] = {}
-        self._names = [name for name in _NAMES if name in wanted or (name == "weight" and "update" in wanted)]
+        names = [name for name in _NAMES if name in wanted or (name == "weight" and "update" in wanted)]
         places, width = _places(parameters, layers)
         count = len(self.layers)
-        self._rows = torch.zeros(len(self._names) * count, width, dtype=torch.float64, device="cpu")
-        self._row = dict(zip(self._names, torch.split(self._rows, count), strict=True))
+        self._rows = torch.zeros(len(names) * count, width, dtype=torch.float64, device="cpu")
+        self._row = dict(zip(names, torch.split(self._rows, count), strict=True))
         self._entries = {
             name: [
                 rows[row, start : start + p.numel()].view(p.shape)
@@ -85,9 +85,8 @@ class StepRows:
         if "update" in self._row:
             self._row["update"].sub_(self._row["weight"])
         norms = torch.linalg.vector_norm(self._rows, dim=1)
-        for name, scale in self._scales.items():
-            first = self._names.index(name) * len(self.layers)
-            norms[first : first + len(self.layers)] /= scale
+        for i, name in enumerate(self._row if self._scales else ()):
+            norms[i * len(self.layers) : (i + 1) * len(self.layers)] /= self._scales.get(name, 1.0)
         return [norms]
 
     def of_each(self, numbers: Iterator[Sequence[float]]) -> dict[str, Sequence[float]]:
@@ -97,7 +96,7 @@ class StepRows:
             numbers: on the host.
         """
         norms, count = next(numbers), len(self.layers)
-        return {name: norms[i * count : (i + 1) * count] for i, name in enumerate(self._names)}
+        return {name: norms[i * count : (i + 1) * count] for i, name in enumerate(self._row)}
 
 
 def fit_in_rows(parameters: Sequence[Tensor], layers: Sequence[str | None], wanted: set[str]) -> bool:

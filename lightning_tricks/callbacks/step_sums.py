@@ -170,17 +170,18 @@ class StepSums:
             else:
                 self.sums["weight"] = tensor_norms(self.parameters)
 
-    def add_update(self, copies: WeightCopies, last: WeightCopies | None) -> None:
-        """What the step added to the weights, and how it lies to the step before.
+    def add_update(self, last: WeightCopies | None = None) -> None:
+        """What the step added to the weights, which its copies now are, and how it lies to the step before.
 
         Args:
-            copies: the update.
-            last: the one before, if it is known.
+            last: the update before, if it is known.
         """
-        self.sums["update"] = copies.norms
-        if last is not None and last.is_of(copies.parameters):
+        if self.copies is None:
+            return
+        self.sums["update"] = self.copies.norms
+        if last is not None and last.is_of(self.copies.parameters):
             self.sums["last"] = last.norms
-            self.sums["product"] = inner_products(copies.whole(), last.whole())
+            self.sums["product"] = inner_products(self.copies.whole(), last.whole())
 
     def _gradients(self) -> list[Tensor]:
         return [p.new_zeros(1) if p.grad is None else p.grad for p in self.parameters]

@@ -249,7 +249,7 @@ class StepWatch:
         elif step.copies is not None:
             step.copies.subtract()
             if key in self.due:
-                step.add_update(step.copies, last)
+                step.add_update(last)
             if "last" in self.wanted:
                 self._copies[key], self._last[key] = last or WeightCopies(), step.copies
             step.copies = None

@@ -251,8 +251,8 @@ class UpdateMonitor(Callback):
         layers = steps[0].layers if len(steps) == 1 else [layer for step in steps for layer in step.layers]
         result = layer_values(layers, sums, self.measures)
         if small:
-            large = layer_values([None] * len(sums["gradient"]), sums, ["grad_norm"])["grad_norm/total"]
-            result |= self._noise.scale(next(numbers)[0], large**2)
+            large = sum(norm * norm for norm in sums["gradient"] if norm is not None)  # each is known
+            result |= self._noise.scale(next(numbers)[0], large)
         return result
 
     def _tell_of_outsiders(self, trainer: pl.Trainer) -> dict[str, float]:
