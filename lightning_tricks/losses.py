@@ -35,7 +35,7 @@ class _CrossEntropy(nn.Module):
             "reduction": self.reduction,
         }
         if labels.is_floating_point():
-            return soft_cross_entropy(logits, labels, smoothing, **options)
+            return soft_cross_entropy(logits, labels, smoothing, **options, owner=type(self).__name__)
         _check_labels(type(self).__name__, logits, labels)
         if not isinstance(labels, MixedLabels):
             labels = labels.long()  # mixed ones may be of any size

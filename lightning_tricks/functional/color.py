@@ -170,7 +170,8 @@ def lighting(
     lit = images if inplace else images.clone()
     if images.shape[1] == 0:
         return lit
-    shift = ((alphas * eigenvalues) @ eigenvectors.T).to(images.device, _work_dtype(images), non_blocking=True)
+    shift = (alphas * eigenvalues).unsqueeze(1).mul(eigenvectors).sum(2)  # autocast would take a product in bfloat16
+    shift = shift.to(images.device, _work_dtype(images), non_blocking=True)
     shift = shift[:, :, None, None]
     if images.is_floating_point():
         return lit.add_(shift)

@@ -122,6 +122,7 @@ def soft_cross_entropy(
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    owner: str = "soft_cross_entropy",
 ) -> Tensor:
     """Cross-entropy of dense targets, normalised as that of integer labels.
 
@@ -136,6 +137,7 @@ def soft_cross_entropy(
         logits: (N, K), (N, K, d1, ...) or (K,); 16-bit ones are worked on in float32.
         targets: floats of the same shape, the probability of each class.
         smoothing, weight, ignore_index, reduction: as in `mixed_nll`.
+        owner: function or class named in an error.
     Returns:
         A scalar, or the loss of each sample; of the dtype of the logits, under autocast float32.
     References:
@@ -149,7 +151,7 @@ def soft_cross_entropy(
     if targets.shape != logits.shape:
         fix = "Give a probability for each class, or integer labels"
         shape = tuple(logits.shape)
-        raise ValueError(message("soft_cross_entropy", "targets", f"of shape {shape}", tuple(targets.shape), fix))
+        raise ValueError(message(owner, "targets", f"of shape {shape}", tuple(targets.shape), fix))
     single = logits.dim() == 1
     batch, dense = (logits.unsqueeze(0), targets.unsqueeze(0)) if single else (logits, targets)
     dtype, classes = _working_dtype(logits), batch.shape[1]

@@ -130,13 +130,14 @@ def disagreement(logits: Tensor) -> Tensor:
         >>> disagreement(torch.tensor([[[0.0, 1.0]], [[0.0, 2.0]], [[3.0, 0.0]]]))
         tensor([0.6667])
     """
-    named = _wide("disagreement", logits).argmax(2)
+    wide = _wide("disagreement", logits)
+    named = wide.argmax(2)
     members = len(named)
     if members < 2:
         fix = "One member has nobody to disagree with"
         raise ValueError(message("disagreement", "logits", "of at least two members", members, fix))
     differs = named.unsqueeze(0) != named.unsqueeze(1)
-    return differs.sum((0, 1)) / (members * (members - 1))
+    return differs.sum((0, 1)).to(wide.dtype) / (members * (members - 1))
 
 
 def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -164,7 +165,7 @@ def weighted_average(states: Sequence[Mapping[str, Tensor]], weights: Sequence[f
     return {name: _weighted_sum([state[name] for state in states], weights) for name in names}
 
 
-def cycle_ends(cycles: int, total_steps: int, multiplier: float = 1.0) -> list[int]:
+def cycle_ends(cycles: int, total_steps: int, multiplier: float = 1.0, owner: str = "cycle_ends") -> list[int]:
     """After how many real steps the cycles of a run are over, every rate of theirs used.
 
         ceil(total_steps * i / cycles)                                                 i = 1 ... cycles
@@ -174,6 +175,7 @@ def cycle_ends(cycles: int, total_steps: int, multiplier: float = 1.0) -> list[i
         cycles: number of cycles that fill the run, at least 1.
         total_steps: length of the run (optimizer steps), at least 1.
         multiplier: each cycle is so many times as long as the one before it, at least 1.
+        owner: function or class named in an error.
     Returns:
         `cycles` whole steps, the last of them `total_steps`.
     Raises:
@@ -194,17 +196,19 @@ def cycle_ends(cycles: int, total_steps: int, multiplier: float = 1.0) -> list[i
     if len({0, *ends}) <= cycles:
         fix = "Train longer, or in fewer cycles"
         condition = f"few enough for each to have one of the run's {total_steps} optimizer steps"
-        raise ValueError(message("cycle_ends", "cycles", condition, cycles, fix))
+        raise ValueError(message(owner, "cycles", condition, cycles, fix))
     return ends
 
 
-def ends_of_cycles(schedule: Any, total_steps: int) -> list[int]:
+def ends_of_cycles(schedule: Any, total_steps: int, owner: str = "ends_of_cycles", length: str = "length") -> list[int]:
     """After how many real steps the cycles of a schedule are over, as far as they end within the run.
 
     Args:
         schedule: with `cycles` that fill the run, or the `length` of the first one (steps or a fraction of the run),
             and perhaps a `multiplier`, as `CosineRestarts` and `Triangular` have them.
         total_steps: length of the run (optimizer steps), at least 1.
+        owner: function or class named in an error.
+        length: what it calls the length of the first cycle.
     Returns:
         Whole steps, each above the one before it; at least one.
     Raises:
@@ -216,12 +220,12 @@ def ends_of_cycles(schedule: Any, total_steps: int) -> list[int]:
     """
     growth: float = getattr(schedule, "multiplier", 1.0)
     if schedule.cycles is not None:
-        return cycle_ends(schedule.cycles, total_steps, growth)
-    stretch = in_steps("ends_of_cycles", "length", schedule.length, total_steps)
+        return cycle_ends(schedule.cycles, total_steps, growth, owner)
+    stretch = in_steps(owner, length, schedule.length, total_steps)
     if not 1 <= stretch <= total_steps:
         fix = "Train longer, or in other cycles"
         condition = f"between one and the run's {total_steps} optimizer steps"
-        raise ValueError(message("ends_of_cycles", "length", condition, schedule.length, fix))
+        raise ValueError(message(owner, length, condition, schedule.length, fix))
     ends, end = [], snap(stretch)
     while end <= total_steps:
         ends.append(math.ceil(end))

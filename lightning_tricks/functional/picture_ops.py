@@ -216,7 +216,7 @@ def _equalize(images: Tensor, magnitudes: Tensor) -> Tensor:
     below = F.pad(below[:, :-1], (1, 0))
     table = ((below + step // 2) // step.clamp(min=1)).clamp(0, 255)
     table = torch.where(step > 0, table, torch.arange(256, device=images.device))
-    table = (table if _bound(images) == 255 else table / 255).to(images.dtype)
+    table = (table if _bound(images) == 255 else table.double() / 255).to(images.dtype)
     return table.gather(1, levels).view(images.shape)
 
 

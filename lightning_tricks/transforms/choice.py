@@ -70,7 +70,8 @@ class OneOf:
         check_labels("OneOf", labels, images)
         weights = torch.tensor(self.weights or [1.0] * len(self.transforms), dtype=torch.float64, device="cpu")
         count = len(images) if self.per_sample else 1
-        choice = torch.multinomial(weights, count, replacement=True, generator=generator)
+        # Of no images torch refuses to draw.
+        choice = torch.multinomial(weights, max(count, 1), replacement=True, generator=generator)[:count]
         if not self.per_sample:
             return in_turn("OneOf", [self.transforms[int(choice)]], images, labels, generator, inplace)
         new, new_labels = images if inplace else torch.empty_like(images), labels

@@ -51,8 +51,9 @@ class RandAugment:
     References:
         Cubuk et al., "RandAugment: Practical automated data augmentation with a reduced search space", 2020,
         arXiv:1909.13719, section 3.
-        Deviates: operations and magnitudes are torchvision's v2 ones, pixel for pixel on uint8 tensors. The gray value
-        that Color and Contrast go by is the mean of the channels where there are not 3.
+        Deviates: operations and magnitudes are torchvision's v2 ones, pixel for pixel on uint8 tensors, up to a sheared
+        pixel between two others, which float32 gives to either. The gray value that Color and Contrast go by is the
+        mean of the channels where there are not 3.
     Example:
         >>> import torch
         >>> images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)

@@ -225,3 +225,12 @@ def test_cycles_that_grow(multiplier):
         cycle_ends(10, 100, 3.0)
     with pytest.raises(ValueError, match="cycle_ends: cycles must be few enough"):
         cycle_ends(2000, 10000, 3.0)
+
+
+def test_disagreement_has_the_logits_dtype_whatever_the_default():
+    logits = torch.eye(3).reshape(3, 1, 3).repeat(1, 2, 1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(disagreement(logits), torch.ones(2, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)

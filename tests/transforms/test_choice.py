@@ -420,3 +420,10 @@ def test_mix_is_kept_without_gradients(choice):
 def test_bad_arguments(make, error, text):
     with pytest.raises(error, match=text):
         make()
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_no_images_are_no_images(per_sample):
+    images, labels = batch(0)
+    new, _ = lt.OneOf([lt.Mixup(0.2), lt.Cutout(2)], per_sample=per_sample)(images, labels, generator())
+    assert new.shape == images.shape

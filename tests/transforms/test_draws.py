@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import lightning_tricks as lt
-from lightning_tricks.functional.picture_ops import SHEARS_AND_TURNS, affine_matrices, warp
+from lightning_tricks.functional.picture_ops import SHEARS_AND_TURNS, affine_matrices, recolour, warp
 from lightning_tricks.transforms.choice import apply_chain
 
 TRANSFORMS = [
@@ -61,6 +61,24 @@ def test_draws_know_neither_torchs_default_device_nor_its_default_dtype(expected
     assert new.dtype == torch.float32
     assert torch.equal(new, images)
     assert torch.equal(moved, masks)
+
+
+def test_they_know_no_autocast_either(expected):
+    transform, images, masks = expected
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        new, moved = both(transform)
+    assert torch.equal(new, images)
+    assert torch.equal(moved, masks)
+
+
+def test_equalize_of_floats_is_of_256_levels_whatever_the_default_dtype():
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = recolour("Equalize", images.clone(), torch.zeros(2))
+    torch.set_default_dtype(torch.bfloat16)  # as in a `training_step` of Trainer(precision="bf16-true")
+    try:
+        assert torch.equal(recolour("Equalize", images.clone(), torch.zeros(2)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_pixel_between_two_others_falls_on_the_same_side_whatever_the_default_dtype(request):

@@ -195,7 +195,7 @@ def _resolve(owner: str, name: str, value: Any, steps_per_epoch: float) -> Any:
     if not (isinstance(value, str) and (match := _EPOCHS.fullmatch(value))):
         return resolve_epochs(value, steps_per_epoch)
     if not math.isfinite(steps_per_epoch):
-        fix = "Give optimizer steps instead, or steps_per_epoch where a function asks for it"
+        fix = "Give optimizer steps instead, or steps_per_epoch (--steps-per-epoch in a shell) where that is asked for"
         condition = "in steps or a fraction of the run, since an epoch has no known length"
         raise ValueError(message(owner, name, condition, value, fix))
     return round(float(match[1]) * steps_per_epoch)
