@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -258,6 +258,9 @@ class Soup(NamedTuple):
     members: list[int]
     score: float
 
+    def __repr__(self) -> str:
+        return f"Soup(state_dict of {len(self.state_dict)} tensors, members={self.members}, score={self.score})"
+
 
 @torch.no_grad()
 def greedy_soup(
@@ -275,7 +278,8 @@ def greedy_soup(
 
     Args:
         ensemble: the members.
-        metric: (module) -> score on held-out data, the module in the mode that `ensemble` has it in.
+        metric: called as `metric(module)` with the ensemble's module, which has the weights to judge and is in eval();
+            it returns their score on held-out data, say `lambda module: accuracy(module, val_loader)`.
         mode: whether `"max"` or `"min"` is better.
         barrier: how much worse (units of the metric) a quarter, half or three quarters of a line may be than the same
             share of its ends' scores, at least 0; `math.inf` walks no lines.
@@ -283,7 +287,7 @@ def greedy_soup(
         The average, its members and its score. The statistics of batch norm are averaged too and fit no member: let
         `metric` estimate them anew with `torch.optim.swa_utils.update_bn` and do the same with the soup.
     Raises:
-        TypeError: the barrier is no number.
+        TypeError: the barrier is no number, the metric cannot be called.
         ValueError: a higher barrier, a score that is not finite, an unknown mode.
     References:
         Wortsman et al., "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
@@ -298,6 +302,10 @@ def greedy_soup(
     """
     if mode not in ("min", "max"):
         raise ValueError(message("greedy_soup", "mode", "'min' or 'max'", mode, "'max' suits an accuracy"))
+    given: Any = metric
+    if not callable(given):
+        fix = "Give a function that takes the module: lambda module: accuracy(module, val_loader)"
+        raise TypeError(message("greedy_soup", "metric", "a function of a module", metric, fix))
     if barrier != math.inf:
         fix = "math.inf looks for none"
         check_number("greedy_soup", "barrier", barrier, "at least 0 (units of the metric)", fix, lambda x: x >= 0)
@@ -309,11 +317,14 @@ def greedy_soup(
     def score(state: Mapping[str, Tensor]) -> float:
         live = ensemble._live()
         own = [tensor.data for tensor in live]
-        try:  # a metric that estimates the statistics of batch norm anew writes into the copies
+        with ExitStack() as undo:
+            undo.callback(_put, own, live)
+            # A metric that estimates the statistics of batch norm anew writes into the copies.
             _put(_placed([state[name].clone() for name in ensemble._slots], live), live)
+            for part in ensemble.module.modules():
+                undo.callback(setattr, part, "training", part.training)
+                part.training = False  # a module's own train() may keep some as they are
             value = float(metric(ensemble.module))
-        finally:
-            _put(own, live)
         if not math.isfinite(value):
             raise ValueError(message("greedy_soup", "metric", "finite", value, "Leave broken members out"))
         return value

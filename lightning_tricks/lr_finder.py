@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Literal
 
@@ -51,8 +51,8 @@ class LRCurve:
         '1, 1e+02 times the base rate'
     """
 
-    lrs: tuple[float, ...]
-    losses: tuple[float, ...]
+    lrs: tuple[float, ...] = field(repr=False)
+    losses: tuple[float, ...] = field(repr=False)
     base_lr: float
     reason: Literal["diverged", "not finite", "max_lr"]
 
@@ -168,7 +168,7 @@ def find_lr(
     check_number("find_lr", "stop_ratio", stop_ratio, "above 1", "Try 4.0", lambda value: value > 1)
     if isinstance(train_dataloaders, pl.LightningDataModule):
         train_dataloaders, datamodule = None, train_dataloaders
-    _refuse(trainer, model, train_dataloaders)
+    _refuse(trainer, model, train_dataloaders, datamodule)
     module: Any = getattr(model, "_orig_mod", model)  # of a compiled module
     with ExitStack() as undo:
         rollback = Rollback(undo)
@@ -189,7 +189,7 @@ def find_lr(
     return LRCurve(tuple(test.rates[: len(test.losses)]), tuple(test.losses), test.largest, test.reason)
 
 
-def _refuse(trainer: Any, model: pl.LightningModule, loaders: Any) -> None:
+def _refuse(trainer: Any, model: pl.LightningModule, loaders: Any, datamodule: Any) -> None:
     """What the test could not serve, or not put back."""
     for name, item, kind in (
         ("trainer", trainer, pl.Trainer),
@@ -208,6 +208,9 @@ def _refuse(trainer: Any, model: pl.LightningModule, loaders: Any) -> None:
         name = type(trainer.strategy).__name__
         fix = "What other processes measure does not come back: test on one device, or with strategy='ddp'"
         raise ValueError(message("find_lr", "strategy", "one that starts no process by spawn or fork", name, fix))
+    if not isinstance(datamodule, pl.LightningDataModule | None):
+        fix = "It validates nothing and takes no validation loader"
+        raise TypeError(message("find_lr", "datamodule", "a LightningDataModule", type(datamodule).__name__, fix))
     refuse_sharded("find_lr", trainer)
     if isinstance(loaders, Iterator) and not hasattr(loaders, "__dict__"):
         fix = "It would be used up: give a loader, a list, or an object with __iter__"

@@ -408,7 +408,28 @@ def test_metric_that_estimates_the_statistics_anew_leaves_the_members_alone():
     assert_same(snapshot(ensemble.module), before)
 
 
+def test_metric_sees_a_module_in_eval_as_fit_does_not_leave_it():
+    """Dropout and batch norm of a module that is still in training would make every score a draw."""
+    ensemble = ensemble_of(members(2))
+    ensemble.train()
+    ensemble.module.body[2].eval()  # frozen by hand
+    modes, seen = [part.training for part in ensemble.module.modules()], []
+    soup = greedy_soup(ensemble, lambda module: seen.extend(p.training for p in module.modules()) or 1.0)
+    assert not any(seen)
+    assert [part.training for part in ensemble.module.modules()] == modes
+    assert repr(soup) == f"Soup(state_dict of {len(soup.state_dict)} tensors, members=[0, 1], score=1.0)"
+    with pytest.raises(RuntimeError, match="no data"):
+        greedy_soup(ensemble, fails)
+    assert [part.training for part in ensemble.module.modules()] == modes
+
+
+def fails(module):
+    raise RuntimeError("no data")
+
+
 def test_soup_refuses():
+    with pytest.raises(TypeError, match="greedy_soup: metric must be a function of a module, got 'val/acc'"):
+        greedy_soup(numbers(1.0), "val/acc")
     with pytest.raises(ValueError, match="greedy_soup: mode must be 'min' or 'max', got 'best'"):
         greedy_soup(numbers(1.0), score, mode="best")
     with pytest.raises(ValueError, match=r"greedy_soup: barrier must be at least 0"):

@@ -523,6 +523,7 @@ class Lazy(Net):
         ),
         ({"model": nn.Linear(1, 1)}, TypeError, "model must be a LightningModule"),
         ({"trainer": None}, TypeError, "trainer must be a Trainer"),
+        ({"datamodule": loader()}, TypeError, "datamodule must be a LightningDataModule, got 'DataLoader'"),
     ],
 )
 def test_a_bad_argument_is_refused(arguments, error, reason):
