@@ -16,7 +16,7 @@ from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES, refuse_sharded
 from lightning_tricks.callbacks.weights import named_weights
 from lightning_tricks.functional.checks import message
 from lightning_tricks.functional.slots import weight_slots
-from lightning_tricks.functional.stopping import Patience, PatienceState
+from lightning_tricks.functional.stopping import Patience, PatienceState, Stop
 from lightning_tricks.loggers import log_scalars, log_settings
 
 
@@ -115,6 +115,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         self._pending: tuple[Tensor, dict[str, Tensor] | None] | None = None
         self._before: Tensor | None = None  # the score there was before the validation
         self._checked: Tensor | None = None  # the score there was at the last check
+        self._stop: Stop | None = None  # what the last check asked for, while min_epochs or min_steps hold it up
         self._has_news = False
         self._resumed = False
         self._fitting = False
@@ -151,7 +152,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         self.checks = self.wait_count = self.stopped_epoch = 0
         self.best_score = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
         self.stopping_reason, self.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
-        self.best_weights = self._pending = None
+        self.best_weights = self._pending = self._stop = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """From here on scores count."""
@@ -167,8 +168,9 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The run has gone on."""
+        """The run has gone on, maybe as far as `min_steps`."""
         self._has_news = True
+        self._end_if_allowed(trainer)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the score there is, to know a new one."""
@@ -189,10 +191,11 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
             self._check(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check if the end of the epoch is when to."""
+        """Check if the end of the epoch is when to; an earlier check may have waited for it."""
         news = self._has_news or self._pending is not None
         if self._check_on_train_epoch_end and news and not (self._should_skip_check(trainer) or trainer.fast_dev_run):
             self._check(trainer, pl_module)
+        self._end_if_allowed(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the best weights into the module, after an average has taken its place there."""
@@ -213,7 +216,10 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         if not (fitting and self.restore_best):
             return
         if self.best_weights is None:
-            rank_zero_info(f"EarlyStopping: there are no weights of a best {self.monitor}; the last ones are kept.")
+            rank_zero_info(
+                f"EarlyStopping: {self.checks} checks of {self.monitor}, of which the first {self.ignore_first} do not"
+                " count, found no best weights; the last ones are kept."
+            )
             return
         for callback in trainer.callbacks:
             if isinstance(callback, EMA):
@@ -247,7 +253,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
             value, weights = self._pending
         self._pending, self._checked = None, score
         previous = self.best_score
-        state, stop = self.rule(self._state(), value)
+        state, self._stop = self.rule(self._state(), value)
         self.checks, self.wait_count = state.checks, state.waited
         self.best_score = state.best
         if state.improved:
@@ -256,14 +262,19 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
                 self.best_weights = weights or self._weights(trainer, pl_module, evaluated=False)
             before = f"improved from {float(previous):g} to" if torch.isfinite(previous) else "begins at"
             self._say(trainer, f"{self.monitor} {before} {float(self.best_score):g}")
-        # While min_epochs or min_steps hold training up, later checks decide anew.
-        if stop is not None and trainer.fit_loop._can_stop_early:
-            trainer.should_stop = True
-            self.stopped_epoch = trainer.current_epoch
-            self.stopping_reason = EarlyStoppingReason[stop.kind]
-            self.stopping_reason_message = f"{self.monitor}: {stop.reason}"
-            self._say(trainer, self.stopping_reason_message)
-            log_scalars(trainer, {"event/early_stopping": 1.0})
+        self._end_if_allowed(trainer)
+
+    def _end_if_allowed(self, trainer: pl.Trainer) -> None:
+        """End the training if the last check said so, once there are `min_epochs` and `min_steps`."""
+        if self._stop is None or not trainer.fit_loop._can_stop_early:
+            return
+        stop, self._stop = self._stop, None
+        trainer.should_stop = True
+        self.stopped_epoch = trainer.current_epoch
+        self.stopping_reason = EarlyStoppingReason[stop.kind]
+        self.stopping_reason_message = f"{self.monitor}: {stop.reason}"
+        self._say(trainer, self.stopping_reason_message)
+        log_scalars(trainer, {"event/early_stopping": 1.0})
 
     def _say(self, trainer: pl.Trainer, text: str) -> None:
         if self.verbose:
@@ -290,14 +301,15 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Lightning's state, the checks seen, and the best weights if they are to be restored.
+        """Lightning's state, the checks seen, a stop that waits, and the best weights if they are to be restored.
 
         Parts are gathered, by all ranks together, and rank 0 alone has the whole then.
         """
         pending = self._pending
         if pending is not None:
             pending = pending[0], _whole(pending[1])
-        own = {"checks": self.checks, "best_weights": _whole(self.best_weights), "pending": pending}
+        waits = None if self._stop is None else tuple(self._stop)
+        own = {"checks": self.checks, "best_weights": _whole(self.best_weights), "pending": pending, "stop": waits}
         return {**super().state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -309,6 +321,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         self.checks = state_dict.get("checks", self.ignore_first)
         self.best_weights = state_dict.get("best_weights")
         self._pending = state_dict.get("pending")
+        self._stop = Stop(*state_dict["stop"]) if state_dict.get("stop") else None
         self._resumed = True
 
     def __getstate__(self) -> dict[str, Any]:

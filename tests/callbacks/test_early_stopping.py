@@ -245,6 +245,35 @@ def test_min_epochs_without_an_improvement_stop():
     assert trainer.current_epoch == 4
 
 
+@pytest.mark.parametrize("limits", [{"min_epochs": 4}, {"min_steps": 15}, {"min_epochs": 3, "min_steps": 20}])
+@pytest.mark.parametrize(
+    "checks",
+    [
+        {},
+        {"check_on_train_epoch_end": False},
+        {"val_check_interval": 0.5},
+        {"check_val_every_n_epoch": 2},
+        {"val_check_interval": 8, "check_val_every_n_epoch": None},
+    ],
+    ids=str,
+)
+def test_stop_that_was_held_up_comes_where_lightnings_comes(limits, checks, tmp_path):
+    """Whenever it checks, and also if the run is stopped and resumed while the stop waits."""
+    given = dict(checks)
+    options = {"patience": 1, **({k: given.pop(k) for k in checks if k == "check_on_train_epoch_end"})}
+    scores, given = [1.0] * 30, {"max_epochs": 12, **limits, **given}
+    save = every_epoch(tmp_path)
+    trainer, module = train([stop(**options), save], scores, **given)
+    oracle, _ = train([LightningEarlyStopping(monitor="score", **options)], scores, **given)
+    assert trainer.global_step == oracle.global_step < 30
+
+    again = Scores(scores)
+    resumed = make_trainer([stop(**options), every_epoch(tmp_path / "rest")], num_sanity_val_steps=0, **given)
+    resumed.fit(again, loader(), loader(8), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert resumed.global_step == trainer.global_step
+    assert_same(snapshot(again), snapshot(module))
+
+
 @pytest.mark.parametrize("epoch", [0, 2])
 def test_stop_of_another_callback_is_not_taken_back(epoch):
     class StopNow(Callback):
