@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from lightning_tricks.callbacks.steps import refuse_sharded, refuse_twins, state_without_module
+from lightning_tricks.callbacks.steps import refuse_sharded, refuse_twins, say_if_never_due, state_without_module
 from lightning_tricks.functional.activations import bounds, first_tensor, statistics, sums, whole
 from lightning_tricks.functional.checks import check_count, check_flag, message
 from lightning_tricks.functional.slots import plain_name
@@ -141,6 +141,10 @@ class ActivationMonitor(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let go of a step that the epoch ended in the middle of."""
         self._forget()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say if no step was one to log."""
+        say_if_never_due("ActivationMonitor", trainer, self.every_n_steps)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the hooks away."""

@@ -16,7 +16,7 @@ from lightning_tricks.callbacks.batch_dose import Dose
 from lightning_tricks.callbacks.batch_hook import HOOK, attach, detach, owner_of_hook
 from lightning_tricks.callbacks.batch_layout import Items, Layout
 from lightning_tricks.callbacks.batches import Place
-from lightning_tricks.callbacks.steps import state_without_module
+from lightning_tricks.callbacks.steps import name_in, state_without_module
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.functional.pictures import picture_grid, png
 from lightning_tricks.functional.schedules import Duration, Schedule
@@ -347,6 +347,7 @@ class BatchTransforms(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the seed, and how far schedules have come."""
+        name_in(checkpoint, self)
         if self._seed is not None:
             checkpoint.setdefault(SEEDS, {})[self._index] = self._seed
         states = self._dose.states

@@ -23,6 +23,7 @@ from lightning_tricks.callbacks.second_pass import SecondPass
 from lightning_tricks.callbacks.steps import (
     LIGHTNINGS_AVERAGES,
     after_real_steps,
+    name_in,
     refuse_sharded,
     refuse_twins,
     state_without_module,
@@ -413,6 +414,7 @@ class EMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the average in `state_dict` and the raw weights beside it, whichever of them the module holds now."""
+        name_in(checkpoint, self)
         checkpoint["averaging_steps"], checkpoint["averaging_since"] = self._steps, self._since
         averages = self._averages
         if not averages.begun:

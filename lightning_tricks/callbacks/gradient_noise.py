@@ -55,11 +55,18 @@ class GradientNoise:
             condition, got = f"{without} where a step is one batch on one rank", f"{sizes[0]} samples"
             raise ValueError(message("UpdateMonitor", "measures", condition, got, fix))
 
-    def watch(self, trainer: pl.Trainer, parameters: Iterable[Tensor]) -> None:
-        """Look at the gradients of the first batch of a step, before ranks average and accumulation adds them."""
+    def begin_batch(self, trainer: pl.Trainer) -> None:
+        """Count the batches of a step."""
         self._batches += 1
         self._short |= trainer.is_last_batch and ends_short(trainer.train_dataloader, self._batch)
-        if self._batches == 1:
+
+    def begin_backward(self, parameters: Iterable[Tensor]) -> None:
+        """Look at the gradients of a batch before ranks average them; those of accumulated ones wait for its end.
+
+        Args:
+            parameters: what is measured. Gradients that a module takes in its `training_step` are none of the step's.
+        """
+        if self._accumulation == 1:
             self._handles = [parameter.register_hook(self._see) for parameter in parameters]  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
@@ -67,14 +74,21 @@ class GradientNoise:
         square = tensor_norms([gradient]).square().sum()
         self.small = square if self.small is None else self.small + square.to(self.small.device)
 
-    def end_batch(self, scale: Tensor | float) -> None:
-        """The backward of a batch is over.
+    def end_backward(self, parameters: Iterable[Tensor], scale: Tensor | float) -> None:
+        """The backward of a batch is over: the first one's gradients are all there is as yet.
 
         Args:
+            parameters: as of `begin_backward`.
             scale: what its gradients were multiplied by.
         """
         self._with_gradients.add(self._batches)
-        if self._handles and self.small is not None:
+        if self._batches > 1:
+            return
+        if self._accumulation > 1:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    self._see(parameter.grad)
+        if self.small is not None:
             self.small = self.small * (self._accumulation / scale) ** 2  # Lightning has divided the loss
         self._unhook()
 

@@ -5,7 +5,7 @@ import sys
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BaseFinetuning, LearningRateMonitor, StochasticWeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateMonitor, StochasticWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import LRSchedulerConfig
@@ -64,12 +64,14 @@ class LRSchedule(Scheduled):
 
         lr = base_lr * schedule(step, total_steps) * batch_scale
 
-    `base_lr` is what `configure_optimizers` gave the group. A step counts when the optimizer changed weights: batches
-    that only accumulate gradients and steps that a GradScaler skipped do not count. The length is taken from the run:
-    `max_epochs` or `max_steps`, the loader's length, `limit_train_batches` and accumulation; under manual optimization
-    one step of each optimizer for each batch is assumed. Before the first step a line says what the schedule does, and
-    after the last a warning if the training was more than 1 % shorter or longer. Lightning saves and restores the step.
-    The rates are logged as `LearningRateMonitor` logs them. In `fast_dev_run` the rates stay at their base.
+    `base_lr` is what `configure_optimizers` gave the group, or what it had when a callback added it (as Lightning's
+    `BaseFinetuning` does; `BackboneFinetuning`, which sets rates itself, is refused). A step counts when the optimizer
+    changed weights: batches that only accumulate gradients and steps that a GradScaler skipped do not count. The length
+    is taken from the run: `max_epochs` or `max_steps`, the loader's length, `limit_train_batches` and accumulation;
+    under manual optimization one step of each optimizer for each batch is assumed. Before the first step a line says
+    what the schedule does, and after the last a warning if the training was more than 1 % shorter or longer. Lightning
+    saves and restores the step. The rates are logged as `LearningRateMonitor` logs them. In `fast_dev_run` the rates
+    stay at their base.
 
     Args:
         schedule: (step, total_steps) -> factor, as `WarmupCosine(0.05)`.
@@ -119,6 +121,9 @@ class LRSchedule(Scheduled):
             fix = "None leaves the rates as they are"
             raise ValueError(message("LRSchedule", "scale_with_batch", "'linear' or 'sqrt'", scale_with_batch, fix))
         check_count("LRSchedule", "base_batch_size", base_batch_size, 1, "samples", "256 is usual for ImageNet")
+        if base_batch_size != 256 and scale_with_batch is None:
+            fix = "It is what scale_with_batch='linear' or 'sqrt' scales from"
+            raise ValueError(message("LRSchedule", "base_batch_size", "left out here", base_batch_size, fix))
         check_flag("LRSchedule", "replace", replace, "True takes the module's schedulers out")
         self.scale_with_batch, self.base_batch_size, self.replace = scale_with_batch, base_batch_size, replace
         self._batch: dict[str, Any] = {}
@@ -158,7 +163,7 @@ class LRSchedule(Scheduled):
         """Refuse a second owner of the learning rate."""
         super().setup(trainer, pl_module, stage)
         self._foreign = []
-        owners = (StochasticWeightAveraging, BaseFinetuning)
+        owners = (StochasticWeightAveraging, BackboneFinetuning)
         others = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, owners)]
         if others:
             fix = "Both would own the learning rate; keep one"

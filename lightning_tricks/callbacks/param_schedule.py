@@ -87,7 +87,7 @@ class ParamSchedule(Scheduled):
         if None in found and self._rate is None:
             known = ", ".join(sorted(set.intersection(*(set(numbers_of(group)) for group in groups)) - {"lr"}))
             condition = f"a number of every chosen group ({known}) or a path of {type(pl_module).__name__}"
-            fix = "A path is written 'model.block.drop_rate', with an index 'body.2.p'"
+            fix = "A path begins at the LightningModule: 'encoder.block.drop_rate', with an index 'body.2.p'"
             if any(value is not None for value in found):
                 fix = "Some groups have it: choose their optimizer, as in optimizer=1"
             raise ValueError(message("ParamSchedule", "name", condition, self.name, fix))

@@ -32,7 +32,13 @@ from lightning_tricks.callbacks.run_folder import (
     write_whole,
 )
 from lightning_tricks.callbacks.shards import hold_parts, own_part
-from lightning_tricks.callbacks.steps import after_real_steps, refuse_sharded, refuse_twins, state_without_module
+from lightning_tricks.callbacks.steps import (
+    after_real_steps,
+    name_in,
+    refuse_sharded,
+    refuse_twins,
+    state_without_module,
+)
 from lightning_tricks.callbacks.weights import named_weights
 from lightning_tricks.functional.averaging import Averaging, can_average
 from lightning_tricks.functional.checks import message
@@ -332,6 +338,7 @@ class PostHocEMA(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save the averages, and which snapshots there are, in the checkpoint's own key."""
+        name_in(checkpoint, self)
         if not self._handles:  # before or after the training
             self._averages.find(pl_module)
         if self._run is not None and self._averages.fit_module:

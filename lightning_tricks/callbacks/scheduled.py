@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_tricks.callbacks.clock import Clock, OnMismatch, OnNewHorizon
 from lightning_tricks.callbacks.param_groups import chosen_optimizers, read_value
-from lightning_tricks.callbacks.steps import after_real_steps, refuse_twins, state_without_module
+from lightning_tricks.callbacks.steps import after_real_steps, name_in, refuse_twins, state_without_module
 from lightning_tricks.functional.checks import check_count, check_flag
 from lightning_tricks.functional.schedules import Schedule, describe
 from lightning_tricks.loggers import log_scalars, log_settings
@@ -29,6 +29,7 @@ class Target:
     optimizer: Optimizer
     clock: Clock
     given: list[Any]
+    groups: int = 0  # how many have the value in force
 
 
 class Scheduled(Callback):
@@ -120,7 +121,7 @@ class Scheduled(Callback):
         """Take the length from the run, set the values of the first step, and count real steps from here."""
         for target in self._targets.values():
             target.clock.begin(trainer)
-            self.apply(target)
+            self._set(target)
             self._compare_bases(target)
             self._handles += after_real_steps(self.owner, [target.optimizer], partial(self._advance, target))
         self._logging = bool(trainer.loggers) and self.logs(trainer)
@@ -139,12 +140,19 @@ class Scheduled(Callback):
 
     def _advance(self, target: Target, optimizer: Optimizer) -> None:
         target.clock.step += 1
+        self._set(target)
+
+    def _set(self, target: Target) -> None:
         self.apply(target)
+        target.groups = len(target.optimizer.param_groups)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Show the values that the batch is trained with."""
+        """Set the values of groups that are new, and show what the batch is trained with."""
+        for target in self._targets.values():
+            if target.groups != len(target.optimizer.param_groups):
+                self._set(target)
         if self._logging and trainer._logger_connector.should_update_logs:
             log_scalars(trainer, self.values(trainer))
         if self.prog_bar:
@@ -193,7 +201,8 @@ class Scheduled(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save in the checkpoint's own keys: Lightning refuses two callbacks of one class before they can say why."""
+        """Save the clocks in the checkpoint's own keys."""
+        name_in(checkpoint, self)
         checkpoint.setdefault(KEY, {}).setdefault(self.name, {}).update(self._states())
 
     def on_load_checkpoint(

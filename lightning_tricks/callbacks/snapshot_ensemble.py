@@ -184,7 +184,7 @@ class SnapshotEnsemble(LRSchedule):
         if clock.schedule is None or clock.total_steps is None:  # fast_dev_run
             self._ends = []
             return
-        self._ends = ends_of_cycles(clock.schedule, clock.total_steps)
+        self._ends = ends_of_cycles(clock.schedule, clock.total_steps, self.owner, "cycle_length")
         if not clock.restored:
             self._folder, self._run, self._rows, self._earlier = None, None, [], {}
         default = Path(trainer.log_dir or trainer.default_root_dir) / "snapshots"

@@ -81,8 +81,7 @@ class StepWatch:
         if self._optimizers != optimizers or not all(map(_is_last, self._handles)):
             self.unhook()
             self._optimizers = list(optimizers)
-            self._handles = after_real_steps(self.owner, optimizers, self._after_step)
-            self._handles += [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+            self._handles = after_real_steps(self.owner, optimizers, self._after_step, self._before_step)
 
     def turns(self, module: nn.Module, begun: bool = False) -> Sequence[set[str | None]]:
         """The layers whose updates are measured one after another, so that copies fit into memory; none if all do.

@@ -1,11 +1,15 @@
 """When an optimizer has really stepped, and which settings no callback of this package can serve."""
 
+import sys
+import traceback
 from collections.abc import Callable, Iterable
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -54,8 +58,11 @@ def _is_zero(rate: Any) -> bool:
     return rate is not None and not (isinstance(rate, Tensor) and not rate.is_cpu) and bool(rate == 0)
 
 
+PreHook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+
+
 def after_real_steps(
-    owner: str, optimizers: Iterable[object], call: Callable[[Optimizer], None]
+    owner: str, optimizers: Iterable[object], call: Callable[[Optimizer], None], before: PreHook | None = None
 ) -> list[RemovableHandle]:
     """Call a function after every real step of these optimizers.
 
@@ -63,23 +70,57 @@ def after_real_steps(
         owner: callback named in an error.
         optimizers: the trainer's optimizers.
         call: called with the optimizer that stepped.
+        before: called before every step, as a pre-hook of torch is.
     Returns:
         Handles whose `remove()` ends it.
     Raises:
         TypeError: an optimizer without step hooks.
     """
+    handles, chosen = [], list(optimizers)
+    for optimizer in chosen:
+        if not isinstance(optimizer, Optimizer):
+            fix = "Leave the callback out under this strategy"
+            raise TypeError(message(owner, "optimizer", "a torch.optim.Optimizer", type(optimizer).__name__, fix))
+    for optimizer in chosen:
+        begin, end = before, _real(call)
+        if sum("step" in vars(base) for base in type(optimizer).__mro__) > 2:  # Optimizer's own and another
+            begin, end = _outermost(begin, end)
+        if begin is not None:
+            handles.append(optimizer.register_step_pre_hook(begin))
+        handles.append(optimizer.register_step_post_hook(end))
+    return handles
 
+
+def _real(call: Callable[[Optimizer], None]) -> Callable[..., None]:
     def hook(optimizer: Optimizer, args: object, kwargs: object) -> None:
         if is_real_step(optimizer):
             call(optimizer)
 
-    handles = []
-    for optimizer in optimizers:
-        if not isinstance(optimizer, Optimizer):
-            fix = "Leave the callback out under this strategy"
-            raise TypeError(message(owner, "optimizer", "a torch.optim.Optimizer", type(optimizer).__name__, fix))
-        handles.append(optimizer.register_step_post_hook(hook))
-    return handles
+    return hook
+
+
+def _outermost(before: PreHook | None, after: Callable[..., None]) -> tuple[PreHook, Callable[..., None]]:
+    """Hooks that pass over a `super().step()` within a step, for which torch may run all hooks once more."""
+    outer: FrameType | None = None
+
+    def begin(
+        optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        nonlocal outer
+        frame: FrameType | None = sys._getframe(1)
+        # A step that has raised is on the stack no more.
+        if outer is not None and any(caller is outer for caller, _ in traceback.walk_stack(frame)):
+            return None
+        outer = frame
+        return None if before is None else before(optimizer, args, kwargs)
+
+    def end(optimizer: Optimizer, args: object, kwargs: object) -> None:
+        nonlocal outer
+        if outer is sys._getframe(1):
+            outer = None
+            after(optimizer, args, kwargs)
+
+    return begin, end
 
 
 def state_without_module(callback: pl.Callback, **reset: Any) -> dict[str, Any]:
@@ -90,6 +131,31 @@ def state_without_module(callback: pl.Callback, **reset: Any) -> dict[str, Any]:
         reset: attributes that the copy has other values of.
     """
     return {**{key: value for key, value in vars(callback).items() if key not in ("log", "log_dict")}, **reset}
+
+
+def name_in(checkpoint: dict[str, Any], callback: pl.Callback) -> None:
+    """Put a callback among those of a checkpoint, so that Lightning says at a resume if it is missing there.
+
+    Args:
+        checkpoint: what is saved, the callback's state in keys of its own.
+        callback: without a `state_dict`: Lightning refuses two of one class that have one before they can say why.
+    """
+    checkpoint.setdefault("callbacks", {}).setdefault(callback.state_key, {})
+
+
+def say_if_never_due(owner: str, trainer: pl.Trainer, every_n_steps: int) -> None:
+    """Say at the end of a training that it was shorter than the time between two logged steps.
+
+    Args:
+        owner: callback that logs.
+        trainer: the trainer in `on_train_end`.
+        every_n_steps: how often it logs.
+    """
+    steps = trainer.fit_loop.epoch_loop._batches_that_stepped
+    if trainer.loggers and trainer.log_every_n_steps and not trainer.fast_dev_run and steps < every_n_steps:
+        rank_zero_info(
+            f"{owner}: nothing was logged, since every_n_steps={every_n_steps} and the run had {steps} steps."
+        )
 
 
 def refuse_sharded(owner: str, trainer: pl.Trainer, dtensors: bool = False) -> None:
@@ -126,7 +192,7 @@ def refuse_twins(
         ValueError: there are two.
     """
     owner = next(base for base in type(callback).__mro__ if base.__module__.startswith("lightning_tricks"))
-    count = sum(isinstance(other, owner) and rivals(other) for other in trainer.callbacks)
-    if count > 1:
+    alike = [type(other).__name__ for other in trainer.callbacks if isinstance(other, owner) and rivals(other)]
+    if len(alike) > 1:
         fix = f"Both would own {what}; keep one, or give each what is its own"
-        raise ValueError(message(owner.__name__, "callbacks", "the only one of its kind in a Trainer", count, fix))
+        raise ValueError(message(owner.__name__, "callbacks", "the only one of its kind in a Trainer", alike, fix))

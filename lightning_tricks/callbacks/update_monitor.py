@@ -6,6 +6,7 @@ from typing import Any, get_args
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -14,7 +15,7 @@ from lightning_tricks.callbacks.layer_names import Layers, check_layers, check_n
 from lightning_tricks.callbacks.shards import hold_parts
 from lightning_tricks.callbacks.step_sums import SUMS, Measure, joined, layer_values, to_host
 from lightning_tricks.callbacks.step_watch import StepWatch
-from lightning_tricks.callbacks.steps import refuse_sharded, refuse_twins, state_without_module
+from lightning_tricks.callbacks.steps import refuse_sharded, refuse_twins, say_if_never_due, state_without_module
 from lightning_tricks.callbacks.update_band import as_band
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.loggers import alert, log_scalars, log_settings
@@ -166,12 +167,18 @@ class UpdateMonitor(Callback):
             hold_parts(pl_module)
         watch.begin_batch(pl_module, trainer.optimizers)
         if watch.due and "noise_scale" in self.measures:
-            self._noise.watch(trainer, watch.of(trainer.optimizers[0]).parameters)
+            self._noise.begin_batch(trainer)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Watch the gradients of one batch on one rank."""
+        if self._watch.due and "noise_scale" in self.measures:
+            self._noise.begin_backward(self._watch.of(trainer.optimizers[0]).parameters)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The gradients of one batch on one rank have been seen."""
         if self._watch.due and "noise_scale" in self.measures:
-            self._noise.end_batch(self._watch.loss_scale(pl_module.device))
+            parameters = self._watch.of(trainer.optimizers[0]).parameters
+            self._noise.end_backward(parameters, self._watch.loss_scale(pl_module.device))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -202,11 +209,13 @@ class UpdateMonitor(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop watching."""
+        say_if_never_due("UpdateMonitor", trainer, self.every_n_steps)
         self._counts = self._counted(trainer)
         self._detach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop watching."""
+        """Stop watching; a checkpoint of the exception has the counts."""
+        self._counts = self._counted(trainer)
         self._detach()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

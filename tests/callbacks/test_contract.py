@@ -484,17 +484,27 @@ def test_module_is_left_as_it_was_found(name):
     assert set(vars(module)) == set(vars(plain))
 
 
+MISSED = ("LRSchedule", "ParamSchedule", "SnapshotEnsemble", "PolyakAverage", "PostHocEMA", "EMA", "EarlyStopping")
+
+
+@pytest.mark.parametrize("name", [*MISSED, "BatchTransforms"])
+def test_lightning_says_at_a_resume_that_one_is_missing(name, tmp_path):
+    fit([*CALLBACKS[name](), every_epoch(tmp_path)], max_epochs=1)
+    with pytest.warns(UserWarning, match=rf"Please add the following callbacks: .*{name}"):
+        fit([every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
 TWINS = {
-    "LRSchedule": "LRSchedule: callbacks must be the only one of its kind in a Trainer, got 2",
-    "ParamSchedule": "ParamSchedule: callbacks must be the only one of its kind in a Trainer, got 2",
-    "SnapshotEnsemble": "SnapshotEnsemble: callbacks must be the only one of its kind in a Trainer, got 2",
-    "PolyakAverage": "PolyakAverage: callbacks must be the only one of its kind in a Trainer, got 2",
-    "PostHocEMA": "PostHocEMA: callbacks must be the only one of its kind in a Trainer, got 2",
-    "EMA": "EMA: callbacks must be the only one of its kind in a Trainer, got 2",
+    "LRSchedule": r"LRSchedule: callbacks must be the only one of its kind in a Trainer, got \[",
+    "ParamSchedule": r"ParamSchedule: callbacks must be the only one of its kind in a Trainer, got \[",
+    "SnapshotEnsemble": r"SnapshotEnsemble: callbacks must be the only one of its kind in a Trainer, got \[",
+    "PolyakAverage": r"PolyakAverage: callbacks must be the only one of its kind in a Trainer, got \[",
+    "PostHocEMA": r"PostHocEMA: callbacks must be the only one of its kind in a Trainer, got \[",
+    "EMA": r"EMA: callbacks must be the only one of its kind in a Trainer, got \[",
     "EarlyStopping": "EarlyStopping: restore_best must be True in one callback only",
     "BatchTransforms": None,
-    "ActivationMonitor": "ActivationMonitor: callbacks must be the only one of its kind in a Trainer, got 2",
-    "UpdateMonitor": "UpdateMonitor: callbacks must be the only one of its kind in a Trainer, got 2",
+    "ActivationMonitor": r"ActivationMonitor: callbacks must be the only one of its kind in a Trainer, got \[",
+    "UpdateMonitor": r"UpdateMonitor: callbacks must be the only one of its kind in a Trainer, got \[",
 }
 
 

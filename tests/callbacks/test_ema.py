@@ -330,6 +330,7 @@ def test_weights_only_model_checkpoint_holds_the_average(tmp_path):
     assert_same(dict(saved), snapshot(module))
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_lightnings_own_averaging_reads_our_checkpoint(tmp_path):
     oracle = Oracle()
     fit([lt.EMA(decay=0.9), oracle, every_epoch(tmp_path)], max_epochs=1)

@@ -108,7 +108,7 @@ def test_group_added_in_the_run_has_its_own_rate_as_base():
 
     rates = Rates()
     fit([lt.LRSchedule(lt.Linear()), AddGroup(), rates])
-    assert rates.rates[6][0] == pytest.approx([0.05 * 0.5, 0.3])
+    assert rates.rates[6][0] == pytest.approx([0.05 * 0.5, 0.3 * 0.5])
     assert rates.rates[7][0] == pytest.approx([0.05 * 5 / 12, 0.3 * 5 / 12])
 
 
@@ -304,7 +304,7 @@ def test_group_with_a_tensor_for_a_rate_that_is_added_in_the_run():
             rates.rates.append([float(group["lr"]) for group in trainer.optimizers[0].param_groups])
 
     fit([lt.LRSchedule(lt.Linear()), AddGroup(), Copy()])
-    assert [row[1] for row in rates.rates[6:]] == pytest.approx([0.3] + [0.3 * (1 - k / 12) for k in range(7, 12)])
+    assert [row[1] for row in rates.rates[6:]] == pytest.approx([0.3 * (1 - k / 12) for k in range(6, 12)])
 
 
 def test_schedule_that_joins_a_resumed_run_goes_on_at_its_step(tmp_path):
@@ -692,7 +692,9 @@ def test_optimizer_that_is_not_chosen_keeps_its_rate():
 @pytest.mark.parametrize("others", [None, 0])
 def test_two_schedules_of_one_optimizer_are_refused(others):
     callbacks = [lt.LRSchedule(lt.Linear(), optimizer=0), lt.LRSchedule(lt.Linear(), optimizer=others)]
-    with pytest.raises(ValueError, match="LRSchedule: callbacks must be the only one of its kind in a Trainer, got 2"):
+    with pytest.raises(
+        ValueError, match=r"LRSchedule: callbacks must be the only one of its kind in a Trainer, got \["
+    ):
         fit(callbacks, TwoOptimizers())
 
 
@@ -1201,16 +1203,41 @@ def test_checkpoint_that_was_never_gone_on_with_is_forgotten(tmp_path):
     assert rates.first[0] == 0.05
 
 
-def test_lightnings_finetuning_is_refused_by_its_base_class():
-    class Unfreeze(BaseFinetuning):
-        def freeze_before_training(self, pl_module):
-            self.freeze(pl_module.body)
+@pytest.mark.parametrize("order", [1, -1])
+def test_group_that_lightnings_finetuning_adds_is_scheduled_from_its_first_step(order, tmp_path):
+    """It has the rate that it is given as its base; a run that is stopped and resumed has the same rates."""
 
-        def finetune_function(self, pl_module, epoch, optimizer):
-            pass
+    def callbacks(folder):
+        rates = Rates()
+        return [*[lt.LRSchedule(lt.Linear()), Finetune()][::order], rates, every_epoch(tmp_path / folder)], rates
 
-    with pytest.raises(ValueError, match=r"LRSchedule: callbacks must be the only one .* got \['Unfreeze'\]"):
-        fit([lt.LRSchedule(lt.Linear()), Unfreeze()])
+    given, rates = callbacks("whole")
+    _, whole = fit(given, HeadFirst(), max_epochs=3)
+    for k, (row,) in enumerate(rates.rates):
+        assert row == pytest.approx([base * (1 - k / 18) for base in ([0.05] if k < 6 else [0.05, 0.4])])
+
+    given, again = callbacks("again")
+    _, resumed = fit(given, HeadFirst(), max_epochs=3, ckpt_path=tmp_path / "whole" / "epoch=1.ckpt")
+    assert again.rates == rates.rates[12:]
+    assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+
+
+class HeadFirst(Net):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.head.parameters(), lr=0.05)
+
+
+class Finetune(BaseFinetuning):
+    """Trains the head, and the body from the second epoch on."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.body)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.body, optimizer, lr=0.4)
+        elif epoch > 1:  # a resumed run has frozen it again
+            self.make_trainable(pl_module.body)
 
 
 def test_function_in_a_schedule_is_asked_for_its_own_steps_only():
@@ -1438,3 +1465,9 @@ def test_epochs_of_a_loader_without_a_length_beside_max_steps_ask_for_total_step
         [lt.LRSchedule(lt.Linear())], train=DataLoader(Unsized(), batch_size=4), max_epochs=-1, max_steps=10
     )
     assert length_of(trainer) == (10, 10)
+
+
+def test_base_batch_size_without_scaling_is_refused():
+    with pytest.raises(ValueError, match="LRSchedule: base_batch_size must be left out here, got 128"):
+        lt.LRSchedule(lt.Cosine(), base_batch_size=128)
+    lt.LRSchedule(lt.Cosine(), scale_with_batch="linear", base_batch_size=128)

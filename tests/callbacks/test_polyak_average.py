@@ -134,9 +134,9 @@ def test_fraction_of_a_run_of_unknown_length_is_refused():
 
 
 def test_two_evaluated_averages_are_refused():
-    with pytest.raises(ValueError, match="EMA: callbacks must be the only one of its kind in a Trainer, got 2"):
+    with pytest.raises(ValueError, match=r"EMA: callbacks must be the only one of its kind in a Trainer, got \["):
         fit([lt.EMA(), lt.PolyakAverage()])
-    with pytest.raises(ValueError, match="EMA: callbacks must be the only one of its kind in a Trainer, got 2"):
+    with pytest.raises(ValueError, match=r"EMA: callbacks must be the only one of its kind in a Trainer, got \["):
         fit([lt.PolyakAverage(), lt.EMA()])
 
 

@@ -1,4 +1,5 @@
 import copy
+import logging
 import math
 
 import pytest
@@ -296,3 +297,14 @@ def test_module_called_total_is_refused():
 def test_every_n_steps_must_be_a_count(value, error):
     with pytest.raises(error, match=r"UpdateMonitor: every_n_steps must be a whole number of at least 1 \(optimizer"):
         lt.UpdateMonitor(value)
+
+
+@pytest.mark.parametrize("monitor", [lt.UpdateMonitor, lt.ActivationMonitor])
+def test_a_run_that_is_too_short_to_be_logged_says_so(monitor, caplog):
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        fit([monitor(7)], logger=MemoryLogger(), max_epochs=1)
+        told = [record.message for record in caplog.records if "nothing was logged" in record.message]
+        assert told == [f"{monitor.__name__}: nothing was logged, since every_n_steps=7 and the run had 6 steps."]
+        fit([monitor(6)], logger=MemoryLogger(), max_epochs=1)
+        fit([monitor(7)], max_epochs=1)
+    assert sum("nothing was logged" in record.message for record in caplog.records) == 1

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import re
+from functools import partial
 from weakref import WeakSet
 
 import pytest
@@ -23,9 +24,10 @@ from kit import (
     loader,
     plugin_that_skips,
 )
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
 from sharded import ShardedNet, on_ranks, whole
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 import lightning_tricks as lt
@@ -713,6 +715,33 @@ def test_noise_scale_is_of_the_whole_gradient_and_hooks_are_gone():
     assert all(not p._backward_hooks for p in module.parameters())
 
 
+class LooksAtItsGradients(Linear):
+    """Takes gradients of its own for a look at them, which are none of the step's."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        torch.autograd.grad(loss, [p for p in self.parameters() if p.requires_grad], retain_graph=True)
+        return loss
+
+
+class Recomputes(Linear):
+    """Its layer is used three times, each in a backward within the backward."""
+
+    def forward(self, images):
+        call, images = super().forward, images.clone().requires_grad_()
+        if self.training and images.dtype == torch.float32:  # the loop's autograd.grad cannot go through it
+            call = partial(checkpoint, call, use_reentrant=True)
+        return torch.stack([call(images * k) for k in (1, 2, 3)]).mean(0)
+
+
+@pytest.mark.parametrize("module", [LooksAtItsGradients, Recomputes])
+def test_noise_scale_is_of_the_steps_own_backward(module):
+    logger, squares = MemoryLogger(), Squares(2)
+    monitor = lt.UpdateMonitor(1, ("weight_norm", "noise_scale"))
+    fit([squares, monitor], module(), logger=logger, accumulate_grad_batches=2, max_epochs=3)
+    check_noise(logger, squares)
+
+
 class NoBatchSize:
     def __iter__(self):
         return iter(loader())
@@ -884,3 +913,10 @@ def test_a_copy_goes_on_with_what_was_counted():
         assert other.settings == monitor.settings
         assert (other.last, other._outside) == (monitor.last, monitor._outside)
         fit([other], logger=MemoryLogger(), max_epochs=1, limit_train_batches=1)
+
+
+def test_a_checkpoint_of_an_exception_knows_whose_turn_it_is(tmp_path):
+    monitor = lt.UpdateMonitor(1, ["update_norm"], max_extra_memory=8 * 17 * 4)
+    with pytest.raises(RuntimeError, match="failed in training"):
+        fit([monitor, OnExceptionCheckpoint(tmp_path)], Net(fail_at=("train", 3)), logger=MemoryLogger())
+    assert torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["update_monitor"]["measured"] == [3]

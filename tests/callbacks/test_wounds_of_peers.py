@@ -453,6 +453,7 @@ def test_plain_model_checkpoint_is_enough(tmp_path):
 
 
 # Lightning: the average is swapped in for the validation of a fit only; #20137 (predict from a checkpoint).
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("beside", [lambda: [lt.EMA(0.9)], list], ids=["with EMA", "without"])
 def test_test_and_predict_see_the_average_also_of_a_resumed_run(beside, tmp_path):
     fit([lt.EMA(0.9), every_epoch(tmp_path)], max_epochs=1)
