@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +24,10 @@ import torch
 import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit import make_trainer
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.image import imread
 from offline_wandb import _finished, read_run, runs
@@ -34,7 +37,7 @@ from lightning_tricks.__main__ import main
 from lightning_tricks.ablations import Ablation, Effect, ablate
 from lightning_tricks.ablations.designs import make_design
 from lightning_tricks.ablations.effects import find_effects, verdict
-from lightning_tricks.ablations.fingerprints import called, fingerprint
+from lightning_tricks.ablations.fingerprints import fingerprint
 from lightning_tricks.ablations.pictures import forest
 from lightning_tricks.ablations.training import rehearse, run_trial
 from lightning_tricks.ablations.trials import Plan, Result, describe_trick
@@ -702,7 +705,8 @@ def test_a_rehearsal_leaves_nothing_behind(study):
 
     tricks = {"watch": Watch(), "ensemble": lt.SnapshotEnsemble(2), "EMA": lt.EMA()}
     design = make_design("leave-one-out", list(tricks))
-    plan = Plan(study.build, "", tricks, design, (0,), "val/score", "validate", Path("ablation"), None)
+    described = {name: describe_trick(trick) for name, trick in tricks.items()}
+    plan = Plan(study.build, tricks, "", described, design, (0,), "val/score", "validate", Path("ablation"), None)
     random, files = torch.get_rng_state(), set(Path().rglob("*"))
     assert rehearse(plan, "all-seed0")["max_epochs"] == 1
     assert seen == []
@@ -844,10 +848,141 @@ def test_what_build_calls_in_its_own_file_must_be_as_it_was(study, build, change
         ablate(after[build], {"helps": study.Help()}, **SCORE, seeds=1, trials=[])
 
 
+OF_TRICKS = """
+from functools import cached_property, lru_cache, partial, wraps
+from threading import Lock
+import lightning_tricks as lt
+from lightning.pytorch.callbacks import Callback
+
+def half(factor=0.5):
+    return factor if factor else twice()
+
+def twice():
+    return half() * 2
+
+def loud(function):
+    @wraps(function)
+    def call(*given):
+        return function(*given)
+    return call
+
+@loud
+def decorated():
+    return half()
+
+@lru_cache
+def cached(step, total):
+    return half()
+
+class Base(Callback):
+    lock = Lock()
+    rates = [0.1, 0.2]
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.lr = half()
+
+class Own(Base):
+    pass
+
+class Static(Callback):
+    @staticmethod
+    def rate():
+        return half()
+
+class Property(Callback):
+    @cached_property
+    def rate(self):
+        return half()
+
+    @property
+    def other(self):
+        return None
+
+    @other.setter
+    def other(self, value):
+        half()
+
+def rate(step, total):
+    return decorated()
+
+def unused():
+    return 1
+
+tricks = {"class": Own(), "static": Static(), "property": Property(), "function": lt.LRSchedule(rate)}
+tricks |= {"cached": lt.LRSchedule(cached), "lambda": lt.LRSchedule(lambda step, total: half())}
+tricks |= {"made": lambda: Own(), "partial": lt.LRSchedule(partial(rate)), "several": [Callback(), Own()]}
+"""
+
+
+def typed_tricks(text):
+    names = {"__name__": "typed"}
+    exec(text, names)
+    return {name: describe_trick(trick)["fingerprint"] for name, trick in names["tricks"].items()}
+
+
+@pytest.mark.parametrize(("old", "new"), [("=0.5", "=0.4"), ("half() * 2", "half() * 3")])
+def test_what_a_trick_calls_in_its_own_file_must_be_as_it_was(old, new):
+    before, after = typed_tricks(OF_TRICKS), typed_tricks(OF_TRICKS.replace(old, new))
+    assert [name for name in before if before[name] == after[name]] == []
+
+
+def test_what_a_class_holds_must_be_as_it_was():
+    before, after = typed_tricks(OF_TRICKS), typed_tricks(OF_TRICKS.replace("0.2]", "0.3]"))
+    assert [name for name in before if before[name] != after[name]] == ["class", "made", "several"]
+
+
+def test_a_remark_another_place_and_what_no_trick_calls_may_change():
+    moved = "# a remark\n\n" + OF_TRICKS.replace("return 1", "return 2").replace("def twice", "\n# more\ndef twice")
+    assert typed_tricks(moved) == typed_tricks(OF_TRICKS)
+
+
+def test_an_edit_of_the_file_while_it_trains_changes_no_result(study):
+    file = Path("edited.py")
+    file.write_text(OF_TRICKS + STUDY.replace("def build(", "def build_plain("))
+    edited = importlib.import_module("edited")
+
+    def build(seed, callbacks, logger):
+        text = file.read_text()
+        file.write_text(f"def moved_by_{len(text)}():\n    pass\n" * 40 + text)
+        return study.build(seed, callbacks, logger)
+
+    for _ in range(2):
+        ablate(build, {"rate": lt.LRSchedule(edited.rate, replace=True), "own": edited.Own()}, **ONE, seeds=1)
+    assert file.read_text().count("moved_by") == 6 * 40  # three rehearsed, three trained, none of them again
+
+
+class Places(Callback):
+    def __init__(self, places):
+        self._lock, self.places = Lock(), places
+
+    def __deepcopy__(self, memo):
+        return Places(self.places)
+
+    @property
+    def settings(self):
+        return {"places": self.places, "nested": Result(0.0, 1, 1.0, self.places)}
+
+
+def test_sets_among_the_settings_are_the_same_in_every_process():
+    program = (
+        "from test_ablation import Places, Result, describe_trick, fingerprint, partial\n"
+        "print(describe_trick(Places({'a', 'b', 'c', 'd', Result, partial}))['fingerprint'])"
+    )
+    command = [sys.executable, "-c", program]
+    found = [
+        subprocess.run(
+            command, check=True, env=environment() | {"PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout.strip()
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1] == describe_trick(Places({"a", "b", "c", "d", Result, partial}))["fingerprint"]
+    assert found[0] != describe_trick(Places({"a", "b", "c", "e", Result, partial}))["fingerprint"]
+
+
 def test_a_method_that_was_replaced_is_another(study, monkeypatch):
-    before = fingerprint([study.build, *called(study.build)])
+    before = fingerprint(study.build)
     monkeypatch.setattr(study.Planted, "training_step", lambda self, batch: 0 * self.weight.sum())
-    assert fingerprint([study.build, *called(study.build)]) != before
+    assert fingerprint(study.build) != before
 
 
 def test_another_budget_is_refused(study, monkeypatch):
@@ -929,13 +1064,53 @@ def test_a_misspelt_metric_stops_other_processes_too(study):
     assert 0 < len(list(Path("ablation").rglob("result.json"))) < 60
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"settings": {}, "budget": {}, "metrics": {}, "costs": {}}'])
-def test_a_damaged_result_is_named(study, content):
-    ablate(study.build, study.tricks, **SCORE, seeds=1)
-    path = Path("ablation/trials/all-seed0/result.json")
-    path.write_text(content)
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """What a trial wrote, and the call that reads it again."""
+    folder = tmp_path_factory.mktemp("stored")
+    call = partial(ablate, Small(), {"a": Callback()}, metric="loss", mode="min", seeds=1, folder=folder)
+    call()
+    path = folder / "trials" / "all-seed0" / "result.json"
+    return path, path.read_text(), call
+
+
+class Small:
+    def __call__(self, seed, callbacks, logger):
+        module = BoringModel()
+        module.validation_step = lambda batch, batch_idx: module.log("loss", 1.0)
+        return make_trainer(callbacks, logger=logger, max_epochs=1), module
+
+
+DAMAGES = {
+    "cut off": lambda text: text[:50],
+    "a list": lambda text: "[1]",
+    "settings missing": lambda text: text.replace('"settings"', '"other"'),
+    "settings a text": lambda text: json.dumps(json.loads(text) | {"settings": "a"}),
+    "budget a number": lambda text: json.dumps(json.loads(text) | {"budget": 1}),
+    "metric a text": lambda text: json.dumps(json.loads(text) | {"metrics": {"loss": "1"}}),
+    "seconds a text": lambda text: re.sub('"seconds": [^,]*', '"seconds": "1"', text),
+    "memory a list": lambda text: re.sub('"memory": [^,}]*', '"memory": [1]', text),
+    "a trick a number": lambda text: re.sub('"a": {[^}]*}', '"a": 1', text),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_result_is_named(stored, damage):
+    path, text, call = stored
+    path.write_text(DAMAGES[damage](text))
+    assert path.read_text() != text
     with pytest.raises(ValueError, match=f"^ablate: result.json must be as a trial writes it, got '{path}'. Delete"):
-        ablate(study.build, study.tricks, **SCORE, seeds=1)
+        call()
+
+
+@pytest.mark.parametrize("other", [None, "2 on Python 3.1"])
+def test_a_result_of_another_version_is_not_said_to_have_changed(stored, other):
+    path, text, call = stored
+    path.write_text(json.dumps(json.loads(text) | {"format": other}))
+    with pytest.raises(
+        ValueError, match=r"^ablate: result.json must be of format '2 on Python 3.\d+', got .* Give anoth"
+    ):
+        call()
 
 
 def test_a_score_that_is_not_finite_is_in_the_table_and_its_effect_unknown(study):
@@ -961,6 +1136,7 @@ def test_a_score_that_is_not_finite_is_in_the_table_and_its_effect_unknown(study
         ({"tricks": {}}, "tricks must be a dict of name -> callbacks with one trick or more"),
         ({"tricks": {"EMA": 0.99}}, "tricks must be callbacks, lists of them or functions that make them, got 0.99"),
         ({"tricks": {"a/b": lt.EMA()}}, "tricks must be named with letters.*got 'a/b'"),
+        ({"tricks": {1: lt.EMA()}}, "tricks must be named with letters.*got 1"),
         ({"tricks": {"baseline": lt.EMA()}}, "tricks must be named with letters.*got 'baseline'"),
         ({"mode": "best"}, "mode must be 'min' or 'max', got 'best'"),
         ({"evaluate": "predict"}, "evaluate must be 'validate' or 'test', got 'predict'"),
@@ -1016,6 +1192,42 @@ def test_the_shell_runs_trials_by_their_ids_and_prints_the_table_at_the_end(stud
     assert {name: result["metrics"]["val/score"] for name, result in stored.items()} == {
         f"{name}-seed{seed}": score for name, of in scores(expected).items() for seed, score in of.items()
     }
+
+
+OF_A_SCRIPT = """
+import lightning_tricks as lt
+from study import Callback, loader, make_trainer, Planted
+
+class Own(Callback):
+    def __init__(self):
+        self.kept = [Own]
+
+def rate(step, total):
+    return 1.0
+
+def build(seed, callbacks, logger):
+    return make_trainer(callbacks, logger=logger, max_epochs=1), Planted(seed), loader(8), loader(4)
+
+tricks = {"own": Own(), "rate": lt.LRSchedule(rate, replace=True)}
+
+if __name__ == "__main__":
+    lt.ablate(build, tricks, metric="val/score", mode="max", seeds=1, design="one-at-a-time", processes=2)
+"""
+
+
+def test_a_script_its_processes_and_the_shell_share_a_folder(study, capsys):
+    Path("script.py").write_text(OF_A_SCRIPT)
+    options = ["script.py:build", "--metric", "val/score", "--mode", "max", "--seeds", "1"]
+    options += ["--design", "one-at-a-time"]
+    main(["ablate", *options, "--trial", "own-seed0"])
+    when = Path("ablation/trials/own-seed0/result.json").stat().st_mtime_ns
+    done = subprocess.run([sys.executable, "script.py"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = {path: path.stat().st_mtime_ns for path in Path("ablation").rglob("result.json")}
+    assert (len(written), written[Path("ablation/trials/own-seed0/result.json")]) == (3, when)
+    main(["ablate", *options])
+    assert Path("ablation/table.md").read_text() in capsys.readouterr().out
+    assert written == {path: path.stat().st_mtime_ns for path in Path("ablation").rglob("result.json")}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_tricks.ablations.trials import RESULT, TRIALS, Plan
+from lightning_tricks.ablations.trials import FORMAT, RESULT, TRIALS, Plan
 from lightning_tricks.callbacks.run_folder import write_whole
 from lightning_tricks.functional.checks import message
 from lightning_tricks.loggers import finish_runs, silence_runs, trial_logger
@@ -119,7 +119,7 @@ def _run(plan: Plan, trial: str) -> tuple[dict[str, Any], Callable[[], None]]:
         for logger in trainer.loggers:
             logger.log_hyperparams(dict(zip(("variant", "seed"), plan.trials[trial], strict=True)))
         measured = _measured(plan, trainer, module, data)
-    return {"settings": plan.settings(trial), "budget": budget, **measured}, trainer.strategy.barrier
+    return {"format": FORMAT, "settings": plan.settings(trial), "budget": budget, **measured}, trainer.strategy.barrier
 
 
 @contextmanager
