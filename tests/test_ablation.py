@@ -36,7 +36,7 @@ import lightning_tricks as lt
 from lightning_tricks.__main__ import main
 from lightning_tricks.ablations import Ablation, Effect, ablate
 from lightning_tricks.ablations.designs import make_design
-from lightning_tricks.ablations.effects import find_effects, verdict
+from lightning_tricks.ablations.effects import effect_rows, find_effects, signed, verdict
 from lightning_tricks.ablations.fingerprints import fingerprint
 from lightning_tricks.ablations.pictures import forest
 from lightning_tricks.ablations.training import rehearse, run_trial
@@ -675,6 +675,32 @@ def test_budgets_that_differ_are_refused_before_anything_is_trained(study):
     assert not Path("ablation").exists()
 
 
+class Sets(Callback):
+    """A trick that makes the training longer, or asks it to stop at once."""
+
+    def __init__(self, epochs, stop=False):
+        self.epochs, self.stop = epochs, stop
+
+    def setup(self, trainer, pl_module, stage):
+        trainer.fit_loop.max_epochs = self.epochs
+
+    def on_train_batch_end(self, trainer, *given):
+        trainer.should_stop = self.stop
+
+
+def test_a_trick_that_changes_the_budget_is_named_and_one_that_stops_is_not(study):
+    tricks = {"longer": Sets(3), "same": Sets(1), "stops": Sets(5, stop=True)}
+    ablation = ablate(study.build, tricks, **ONE, seeds=1)
+    steps = {name: of[0].steps for name, of in ablation.results.items()}
+    assert (steps["baseline"], steps["longer"], steps["same"]) == (2, 6, 2)
+    assert steps["stops"] not in (2, 10)
+    text = Path("ablation/table.md").read_text()
+    assert [line for line in text.splitlines() if " took " in line] == [
+        "longer took 6 optimizer steps beside 2 of the baseline, and nothing asked it to stop: "
+        "what it does is also what its budget does."
+    ]
+
+
 @pytest.mark.slow
 def test_other_processes_refuse_before_anything_is_trained_too(study):
     with pytest.raises(RuntimeError, match=r"^ablate: 2 of 5 variants cannot be trained: all, all-but-draws"):
@@ -1242,6 +1268,29 @@ def test_the_shell_says_what_is_wrong_as_argparse_does(study, capsys, build, wor
     with pytest.raises(SystemExit, match="2"):
         main(["ablate", build, "--metric", "val/score", "--mode", "max"])
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+@given(st.floats(-1e3, 1e3), st.floats(0, 1e3))
+def test_the_ends_of_an_interval_are_shown_with_their_signs(low, width):
+    effect = Effect((low,), (low, low + width), 0.0, None, None)
+    shown = [float(signed(end, effect)) for end in effect.interval]
+    assert [math.copysign(1, end) * (end != 0) for end in shown] == [
+        math.copysign(1, end) * (end != 0) for end in effect.interval
+    ]
+
+
+def test_what_helps_is_not_shown_as_0():
+    effect = Effect((0.01, 0.02, 0.04), (0.0003, 0.05), 0.0, None, True)
+    found = Ablation("x", "max", "full", results={}, effects={"a": effect})
+    assert "| a | +0.0233 | +0.0003 to +0.0500 | helps |" in str(found)
+
+
+def test_costs_of_nothing_have_no_minus():
+    effect = Effect((0.0,), (0.0, 0.0), -0.0002, -4096.0, None)
+    assert list(effect_rows(Ablation("x", "max", "full", results={}, effects={"a": effect})))[1][4:] == [
+        "+0.0%",
+        "+0.0 MiB",
+    ]
 
 
 def test_an_effect_has_the_mean_of_its_differences():

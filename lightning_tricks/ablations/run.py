@@ -74,7 +74,7 @@ def ablate(
     Args:
         build: (seed, callbacks, logger) -> (trainer, module, train_loader, val_loader, test_loader), or one datamodule
             in place of the loaders, or none where the module has them. It gives `callbacks` and `logger` to the
-            Trainer, and the same budget to all.
+            Trainer, and the same budget to all; the table names variants that trained longer or shorter all the same.
         tricks: name -> a callback, a list of them (each trial gets copies), or a function that makes these.
         metric: what `validation_step` or `test_step` logs, as `"val/accuracy"`.
         mode: "min" or "max", what of it is better.

@@ -196,13 +196,14 @@ def _measured(plan: Plan, trainer: Any, module: pl.LightningModule, data: tuple[
     began = _start_memory(device)
     start = time.perf_counter()
     trainer.fit(module, *data[:1] if whole else data[:2])
-    seconds, steps = time.perf_counter() - start, trainer.global_step
+    seconds, steps, stopped = time.perf_counter() - start, trainer.global_step, trainer.should_stop
     memory = _peak_memory(device) if began else None
     place = 1 if plan.evaluate == "validate" else 2
     given = data[0] if whole else data[place] if data else None
     getattr(trainer, plan.evaluate)(module, given, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {"metrics": metrics, "costs": {"steps": steps, "seconds": seconds, "memory": memory}}
+    costs = {"steps": steps, "seconds": seconds, "memory": memory, "stopped": stopped}
+    return {"metrics": metrics, "costs": costs}
 
 
 def _start_memory(device: torch.device) -> bool:

@@ -35,12 +35,14 @@ class Result:
         seconds: wall-clock time of `fit`.
         memory: peak during `fit` (bytes): allocated on the GPU, resident of the process on a CPU; None where the system
             does not tell.
+        stopped: whether something asked it to stop before its budget ended, such as `EarlyStopping`.
     """
 
     score: float
     steps: int
     seconds: float
     memory: int | None
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _stored(path: Path) -> dict[str, Any]:
 def _is_whole(stored: Mapping[str, Any]) -> bool:
     """Whether the values are of their types; raises where one is missing."""
     result = Result(0.0, **stored["costs"])
-    numbers = [*stored["metrics"].values(), result.steps, result.seconds, result.memory or 0]
+    numbers = [*stored["metrics"].values(), result.steps, result.seconds, result.memory or 0, result.stopped]
     dicts = (stored["budget"], stored["settings"], _fingerprints(stored["settings"]["tricks"]))
     return all(isinstance(n, (int, float)) for n in numbers) and all(isinstance(each, dict) for each in dicts)
 
