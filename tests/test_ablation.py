@@ -1204,13 +1204,15 @@ def test_what_is_out_of_range_is_refused_at_once(arguments, words):
 
 def test_the_shell_runs_trials_by_their_ids_and_prints_the_table_at_the_end(study, capsys):
     options = ["study.py:build", "--metric", "val/score", "--mode", "max", "--seeds", "3", "--design", "one-at-a-time"]
-    main(["ablate", *options, "--list"])
+    main(["ablate", options[0], *options[-4:], "--list"])
     ids = capsys.readouterr().out.split()
     assert len(ids) == 9
     assert not Path("ablation").exists()
     command = [sys.executable, "-m", "lightning_tricks", "ablate", *options, "--trial", ids[0], ids[1]]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "2 trained, 7 unfinished.\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "2 finished, 7 unfinished.\n"), done.stderr
+    main(["ablate", *options, "--trial", ids[0]])  # which is read
+    assert capsys.readouterr().out == "2 finished, 7 unfinished.\n"
     main(["ablate", *options])
     assert Path("ablation/table.md").read_text() in capsys.readouterr().out
     expected = ablate(study.build, study.tricks, **ONE, seeds=3, folder="here")
@@ -1218,6 +1220,32 @@ def test_the_shell_runs_trials_by_their_ids_and_prints_the_table_at_the_end(stud
     assert {name: result["metrics"]["val/score"] for name, result in stored.items()} == {
         f"{name}-seed{seed}": score for name, of in scores(expected).items() for seed, score in of.items()
     }
+
+
+def test_the_shell_takes_seeds_as_a_list(study, capsys):
+    main(["ablate", "study.py:build", "--seeds", "0,7", "--design", "one-at-a-time", "--list"])
+    assert capsys.readouterr().out.split() == [
+        f"{name}-seed{n}" for n in (0, 7) for name in ("baseline", "helps", "draws")
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        main(["ablate", "study.py:build", "--seeds", "0;7", "--list"])
+    assert "argument --seeds: invalid seeds value: '0;7'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["--metric", "--mode"])
+def test_the_shell_says_that_a_training_needs_metric_and_mode(study, capsys, missing):
+    given = {"--metric": "val/score", "--mode": "max"}
+    del given[missing]
+    with pytest.raises(SystemExit, match="2"):
+        main(["ablate", "study.py:build", *next(iter(given.items()))])
+    assert f"ablate: {missing[2:]} must be" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_error(study):
+    options = "study.py:build --seeds 20000 --list"  # more than a pipe holds
+    command = f"{sys.executable} -m lightning_tricks ablate {options} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("baseline-seed0\n0\n", "")
 
 
 OF_A_SCRIPT = """
