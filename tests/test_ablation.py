@@ -4,6 +4,7 @@ import copy
 import csv
 import gc
 import importlib
+import itertools
 import json
 import math
 import os
@@ -1305,6 +1306,19 @@ def test_the_ends_of_an_interval_are_shown_with_their_signs(low, width):
     assert [math.copysign(1, end) * (end != 0) for end in shown] == [
         math.copysign(1, end) * (end != 0) for end in effect.interval
     ]
+
+
+def test_long_names_leave_the_forest_plot_its_width_and_its_ticks_apart():
+    effects = {f"{'a_very_long_name' * 8}{n}": Effect((0.1,), (-0.4, 0.05), 0.0, None, None) for n in range(3)}
+    figure = forest(Ablation("val/" + "a_metric" * 20, "max", "full", results={}, effects=effects))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_window_extent().width > 0.4 * figure.bbox.width
+    ticks = [tick.get_window_extent() for tick in axes.get_xticklabels()]
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(ticks))
+    names = [name.get_window_extent() for name in axes.get_yticklabels()]
+    assert all(one.y0 > other.y1 for one, other in itertools.pairwise(names))
+    assert len({name.get_text() for name in axes.get_yticklabels()}) == 3
 
 
 def test_what_helps_is_not_shown_as_0():

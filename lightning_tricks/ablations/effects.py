@@ -123,8 +123,8 @@ def signed(value: float, effect: Effect) -> str:
     low, high = effect.interval
     if not 0 < high - low < math.inf:
         return f"{value:+.3g}"
-    decimals = max(1 + _decimals(high - low), *(_decimals(end) for end in (low, high) if end), 0)
-    return f"{_rounded(value, decimals):+.{decimals}f}" if decimals <= 6 else f"{value:+.3g}"
+    decimals = max(1 + _decimals(high - low), *(_decimals(end) for end in (low, high) if end))
+    return f"{_rounded(value, decimals):+.{decimals}f}" if 0 <= decimals <= 6 else f"{value:+.3g}"
 
 
 def _decimals(value: float) -> int:
