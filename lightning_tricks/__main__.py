@@ -1,6 +1,8 @@
 """From a shell: `python -m lightning_tricks schedule "Warmup(0.05, Cosine())" --steps 10000 --png out.png`."""
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
 from lightning_tricks.ablations import command
@@ -36,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         given.run(given)
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so once more at its end
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         given.parser.error(str(error))
 

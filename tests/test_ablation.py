@@ -4,9 +4,11 @@ import copy
 import csv
 import gc
 import importlib
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,8 +25,10 @@ import torch
 import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kit import make_trainer
 from lightning import LightningDataModule
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.image import imread
 from offline_wandb import _finished, read_run, runs
@@ -33,8 +37,8 @@ import lightning_tricks as lt
 from lightning_tricks.__main__ import main
 from lightning_tricks.ablations import Ablation, Effect, ablate
 from lightning_tricks.ablations.designs import make_design
-from lightning_tricks.ablations.effects import find_effects, verdict
-from lightning_tricks.ablations.fingerprints import called, fingerprint
+from lightning_tricks.ablations.effects import effect_rows, find_effects, signed, verdict
+from lightning_tricks.ablations.fingerprints import fingerprint
 from lightning_tricks.ablations.pictures import forest
 from lightning_tricks.ablations.training import rehearse, run_trial
 from lightning_tricks.ablations.trials import Plan, Result, describe_trick
@@ -672,6 +676,32 @@ def test_budgets_that_differ_are_refused_before_anything_is_trained(study):
     assert not Path("ablation").exists()
 
 
+class Sets(Callback):
+    """A trick that makes the training longer, or asks it to stop at once."""
+
+    def __init__(self, epochs, stop=False):
+        self.epochs, self.stop = epochs, stop
+
+    def setup(self, trainer, pl_module, stage):
+        trainer.fit_loop.max_epochs = self.epochs
+
+    def on_train_batch_end(self, trainer, *given):
+        trainer.should_stop = self.stop
+
+
+def test_a_trick_that_changes_the_budget_is_named_and_one_that_stops_is_not(study):
+    tricks = {"longer": Sets(3), "same": Sets(1), "stops": Sets(5, stop=True)}
+    ablation = ablate(study.build, tricks, **ONE, seeds=1)
+    steps = {name: of[0].steps for name, of in ablation.results.items()}
+    assert (steps["baseline"], steps["longer"], steps["same"]) == (2, 6, 2)
+    assert steps["stops"] not in (2, 10)
+    text = Path("ablation/table.md").read_text()
+    assert [line for line in text.splitlines() if " took " in line] == [
+        "longer took 6 optimizer steps beside 2 of the baseline, and nothing asked it to stop: "
+        "what it does is also what its budget does."
+    ]
+
+
 @pytest.mark.slow
 def test_other_processes_refuse_before_anything_is_trained_too(study):
     with pytest.raises(RuntimeError, match=r"^ablate: 2 of 5 variants cannot be trained: all, all-but-draws"):
@@ -702,7 +732,8 @@ def test_a_rehearsal_leaves_nothing_behind(study):
 
     tricks = {"watch": Watch(), "ensemble": lt.SnapshotEnsemble(2), "EMA": lt.EMA()}
     design = make_design("leave-one-out", list(tricks))
-    plan = Plan(study.build, "", tricks, design, (0,), "val/score", "validate", Path("ablation"), None)
+    described = {name: describe_trick(trick) for name, trick in tricks.items()}
+    plan = Plan(study.build, tricks, "", described, design, (0,), "val/score", "validate", Path("ablation"), None)
     random, files = torch.get_rng_state(), set(Path().rglob("*"))
     assert rehearse(plan, "all-seed0")["max_epochs"] == 1
     assert seen == []
@@ -844,10 +875,141 @@ def test_what_build_calls_in_its_own_file_must_be_as_it_was(study, build, change
         ablate(after[build], {"helps": study.Help()}, **SCORE, seeds=1, trials=[])
 
 
+OF_TRICKS = """
+from functools import cached_property, lru_cache, partial, wraps
+from threading import Lock
+import lightning_tricks as lt
+from lightning.pytorch.callbacks import Callback
+
+def half(factor=0.5):
+    return factor if factor else twice()
+
+def twice():
+    return half() * 2
+
+def loud(function):
+    @wraps(function)
+    def call(*given):
+        return function(*given)
+    return call
+
+@loud
+def decorated():
+    return half()
+
+@lru_cache
+def cached(step, total):
+    return half()
+
+class Base(Callback):
+    lock = Lock()
+    rates = [0.1, 0.2]
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.lr = half()
+
+class Own(Base):
+    pass
+
+class Static(Callback):
+    @staticmethod
+    def rate():
+        return half()
+
+class Property(Callback):
+    @cached_property
+    def rate(self):
+        return half()
+
+    @property
+    def other(self):
+        return None
+
+    @other.setter
+    def other(self, value):
+        half()
+
+def rate(step, total):
+    return decorated()
+
+def unused():
+    return 1
+
+tricks = {"class": Own(), "static": Static(), "property": Property(), "function": lt.LRSchedule(rate)}
+tricks |= {"cached": lt.LRSchedule(cached), "lambda": lt.LRSchedule(lambda step, total: half())}
+tricks |= {"made": lambda: Own(), "partial": lt.LRSchedule(partial(rate)), "several": [Callback(), Own()]}
+"""
+
+
+def typed_tricks(text):
+    names = {"__name__": "typed"}
+    exec(text, names)
+    return {name: describe_trick(trick)["fingerprint"] for name, trick in names["tricks"].items()}
+
+
+@pytest.mark.parametrize(("old", "new"), [("=0.5", "=0.4"), ("half() * 2", "half() * 3")])
+def test_what_a_trick_calls_in_its_own_file_must_be_as_it_was(old, new):
+    before, after = typed_tricks(OF_TRICKS), typed_tricks(OF_TRICKS.replace(old, new))
+    assert [name for name in before if before[name] == after[name]] == []
+
+
+def test_what_a_class_holds_must_be_as_it_was():
+    before, after = typed_tricks(OF_TRICKS), typed_tricks(OF_TRICKS.replace("0.2]", "0.3]"))
+    assert [name for name in before if before[name] != after[name]] == ["class", "made", "several"]
+
+
+def test_a_remark_another_place_and_what_no_trick_calls_may_change():
+    moved = "# a remark\n\n" + OF_TRICKS.replace("return 1", "return 2").replace("def twice", "\n# more\ndef twice")
+    assert typed_tricks(moved) == typed_tricks(OF_TRICKS)
+
+
+def test_an_edit_of_the_file_while_it_trains_changes_no_result(study):
+    file = Path("edited.py")
+    file.write_text(OF_TRICKS + STUDY.replace("def build(", "def build_plain("))
+    edited = importlib.import_module("edited")
+
+    def build(seed, callbacks, logger):
+        text = file.read_text()
+        file.write_text(f"def moved_by_{len(text)}():\n    pass\n" * 40 + text)
+        return study.build(seed, callbacks, logger)
+
+    for _ in range(2):
+        ablate(build, {"rate": lt.LRSchedule(edited.rate, replace=True), "own": edited.Own()}, **ONE, seeds=1)
+    assert file.read_text().count("moved_by") == 6 * 40  # three rehearsed, three trained, none of them again
+
+
+class Places(Callback):
+    def __init__(self, places):
+        self._lock, self.places = Lock(), places
+
+    def __deepcopy__(self, memo):
+        return Places(self.places)
+
+    @property
+    def settings(self):
+        return {"places": self.places, "nested": Result(0.0, 1, 1.0, self.places)}
+
+
+def test_sets_among_the_settings_are_the_same_in_every_process():
+    program = (
+        "from test_ablation import Places, Result, describe_trick, fingerprint, partial\n"
+        "print(describe_trick(Places({'a', 'b', 'c', 'd', Result, partial}))['fingerprint'])"
+    )
+    command = [sys.executable, "-c", program]
+    found = [
+        subprocess.run(
+            command, check=True, env=environment() | {"PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout.strip()
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1] == describe_trick(Places({"a", "b", "c", "d", Result, partial}))["fingerprint"]
+    assert found[0] != describe_trick(Places({"a", "b", "c", "e", Result, partial}))["fingerprint"]
+
+
 def test_a_method_that_was_replaced_is_another(study, monkeypatch):
-    before = fingerprint([study.build, *called(study.build)])
+    before = fingerprint(study.build)
     monkeypatch.setattr(study.Planted, "training_step", lambda self, batch: 0 * self.weight.sum())
-    assert fingerprint([study.build, *called(study.build)]) != before
+    assert fingerprint(study.build) != before
 
 
 def test_another_budget_is_refused(study, monkeypatch):
@@ -929,13 +1091,53 @@ def test_a_misspelt_metric_stops_other_processes_too(study):
     assert 0 < len(list(Path("ablation").rglob("result.json"))) < 60
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"settings": {}, "budget": {}, "metrics": {}, "costs": {}}'])
-def test_a_damaged_result_is_named(study, content):
-    ablate(study.build, study.tricks, **SCORE, seeds=1)
-    path = Path("ablation/trials/all-seed0/result.json")
-    path.write_text(content)
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """What a trial wrote, and the call that reads it again."""
+    folder = tmp_path_factory.mktemp("stored")
+    call = partial(ablate, Small(), {"a": Callback()}, metric="loss", mode="min", seeds=1, folder=folder)
+    call()
+    path = folder / "trials" / "all-seed0" / "result.json"
+    return path, path.read_text(), call
+
+
+class Small:
+    def __call__(self, seed, callbacks, logger):
+        module = BoringModel()
+        module.validation_step = lambda batch, batch_idx: module.log("loss", 1.0)
+        return make_trainer(callbacks, logger=logger, max_epochs=1), module
+
+
+DAMAGES = {
+    "cut off": lambda text: text[:50],
+    "a list": lambda text: "[1]",
+    "settings missing": lambda text: text.replace('"settings"', '"other"'),
+    "settings a text": lambda text: json.dumps(json.loads(text) | {"settings": "a"}),
+    "budget a number": lambda text: json.dumps(json.loads(text) | {"budget": 1}),
+    "metric a text": lambda text: json.dumps(json.loads(text) | {"metrics": {"loss": "1"}}),
+    "seconds a text": lambda text: re.sub('"seconds": [^,]*', '"seconds": "1"', text),
+    "memory a list": lambda text: re.sub('"memory": [^,}]*', '"memory": [1]', text),
+    "a trick a number": lambda text: re.sub('"a": {[^}]*}', '"a": 1', text),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_result_is_named(stored, damage):
+    path, text, call = stored
+    path.write_text(DAMAGES[damage](text))
+    assert path.read_text() != text
     with pytest.raises(ValueError, match=f"^ablate: result.json must be as a trial writes it, got '{path}'. Delete"):
-        ablate(study.build, study.tricks, **SCORE, seeds=1)
+        call()
+
+
+@pytest.mark.parametrize("other", [None, "2 on Python 3.1"])
+def test_a_result_of_another_version_is_not_said_to_have_changed(stored, other):
+    path, text, call = stored
+    path.write_text(json.dumps(json.loads(text) | {"format": other}))
+    with pytest.raises(
+        ValueError, match=r"^ablate: result.json must be of format '2 on Python 3.\d+', got .* Give anoth"
+    ):
+        call()
 
 
 def test_a_score_that_is_not_finite_is_in_the_table_and_its_effect_unknown(study):
@@ -961,6 +1163,7 @@ def test_a_score_that_is_not_finite_is_in_the_table_and_its_effect_unknown(study
         ({"tricks": {}}, "tricks must be a dict of name -> callbacks with one trick or more"),
         ({"tricks": {"EMA": 0.99}}, "tricks must be callbacks, lists of them or functions that make them, got 0.99"),
         ({"tricks": {"a/b": lt.EMA()}}, "tricks must be named with letters.*got 'a/b'"),
+        ({"tricks": {1: lt.EMA()}}, "tricks must be named with letters.*got 1"),
         ({"tricks": {"baseline": lt.EMA()}}, "tricks must be named with letters.*got 'baseline'"),
         ({"mode": "best"}, "mode must be 'min' or 'max', got 'best'"),
         ({"evaluate": "predict"}, "evaluate must be 'validate' or 'test', got 'predict'"),
@@ -1002,13 +1205,15 @@ def test_what_is_out_of_range_is_refused_at_once(arguments, words):
 
 def test_the_shell_runs_trials_by_their_ids_and_prints_the_table_at_the_end(study, capsys):
     options = ["study.py:build", "--metric", "val/score", "--mode", "max", "--seeds", "3", "--design", "one-at-a-time"]
-    main(["ablate", *options, "--list"])
+    main(["ablate", options[0], *options[-4:], "--list"])
     ids = capsys.readouterr().out.split()
     assert len(ids) == 9
     assert not Path("ablation").exists()
     command = [sys.executable, "-m", "lightning_tricks", "ablate", *options, "--trial", ids[0], ids[1]]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "2 trained, 7 unfinished.\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "2 finished, 7 unfinished.\n"), done.stderr
+    main(["ablate", *options, "--trial", ids[0]])  # which is read
+    assert capsys.readouterr().out == "2 finished, 7 unfinished.\n"
     main(["ablate", *options])
     assert Path("ablation/table.md").read_text() in capsys.readouterr().out
     expected = ablate(study.build, study.tricks, **ONE, seeds=3, folder="here")
@@ -1016,6 +1221,68 @@ def test_the_shell_runs_trials_by_their_ids_and_prints_the_table_at_the_end(stud
     assert {name: result["metrics"]["val/score"] for name, result in stored.items()} == {
         f"{name}-seed{seed}": score for name, of in scores(expected).items() for seed, score in of.items()
     }
+
+
+def test_the_shell_takes_seeds_as_a_list(study, capsys):
+    main(["ablate", "study.py:build", "--seeds", "0,7", "--design", "one-at-a-time", "--list"])
+    assert capsys.readouterr().out.split() == [
+        f"{name}-seed{n}" for n in (0, 7) for name in ("baseline", "helps", "draws")
+    ]
+    with pytest.raises(SystemExit, match="2"):
+        main(["ablate", "study.py:build", "--seeds", "0;7", "--list"])
+    assert "argument --seeds: invalid seeds value: '0;7'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["--metric", "--mode"])
+def test_the_shell_says_that_a_training_needs_metric_and_mode(study, capsys, missing):
+    given = {"--metric": "val/score", "--mode": "max"}
+    del given[missing]
+    with pytest.raises(SystemExit, match="2"):
+        main(["ablate", "study.py:build", *next(iter(given.items()))])
+    assert f"ablate: {missing[2:]} must be" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_error(study):
+    options = "study.py:build --seeds 20000 --list"  # more than a pipe holds
+    command = f"{sys.executable} -m lightning_tricks ablate {options} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("baseline-seed0\n0\n", "")
+
+
+OF_A_SCRIPT = """
+import lightning_tricks as lt
+from study import Callback, loader, make_trainer, Planted
+
+class Own(Callback):
+    def __init__(self):
+        self.kept = [Own]
+
+def rate(step, total):
+    return 1.0
+
+def build(seed, callbacks, logger):
+    return make_trainer(callbacks, logger=logger, max_epochs=1), Planted(seed), loader(8), loader(4)
+
+tricks = {"own": Own(), "rate": lt.LRSchedule(rate, replace=True)}
+
+if __name__ == "__main__":
+    lt.ablate(build, tricks, metric="val/score", mode="max", seeds=1, design="one-at-a-time", processes=2)
+"""
+
+
+def test_a_script_its_processes_and_the_shell_share_a_folder(study, capsys):
+    Path("script.py").write_text(OF_A_SCRIPT)
+    options = ["script.py:build", "--metric", "val/score", "--mode", "max", "--seeds", "1"]
+    options += ["--design", "one-at-a-time"]
+    main(["ablate", *options, "--trial", "own-seed0"])
+    when = Path("ablation/trials/own-seed0/result.json").stat().st_mtime_ns
+    done = subprocess.run([sys.executable, "script.py"], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = {path: path.stat().st_mtime_ns for path in Path("ablation").rglob("result.json")}
+    assert (len(written), written[Path("ablation/trials/own-seed0/result.json")]) == (3, when)
+    main(["ablate", *options])
+    assert Path("ablation/table.md").read_text() in capsys.readouterr().out
+    assert written == {path: path.stat().st_mtime_ns for path in Path("ablation").rglob("result.json")}
 
 
 @pytest.mark.parametrize(
@@ -1030,6 +1297,42 @@ def test_the_shell_says_what_is_wrong_as_argparse_does(study, capsys, build, wor
     with pytest.raises(SystemExit, match="2"):
         main(["ablate", build, "--metric", "val/score", "--mode", "max"])
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+@given(st.floats(-1e3, 1e3), st.floats(0, 1e3))
+def test_the_ends_of_an_interval_are_shown_with_their_signs(low, width):
+    effect = Effect((low,), (low, low + width), 0.0, None, None)
+    shown = [float(signed(end, effect)) for end in effect.interval]
+    assert [math.copysign(1, end) * (end != 0) for end in shown] == [
+        math.copysign(1, end) * (end != 0) for end in effect.interval
+    ]
+
+
+def test_long_names_leave_the_forest_plot_its_width_and_its_ticks_apart():
+    effects = {f"{'a_very_long_name' * 8}{n}": Effect((0.1,), (-0.4, 0.05), 0.0, None, None) for n in range(3)}
+    figure = forest(Ablation("val/" + "a_metric" * 20, "max", "full", results={}, effects=effects))
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_window_extent().width > 0.4 * figure.bbox.width
+    ticks = [tick.get_window_extent() for tick in axes.get_xticklabels()]
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(ticks))
+    names = [name.get_window_extent() for name in axes.get_yticklabels()]
+    assert all(one.y0 > other.y1 for one, other in itertools.pairwise(names))
+    assert len({name.get_text() for name in axes.get_yticklabels()}) == 3
+
+
+def test_what_helps_is_not_shown_as_0():
+    effect = Effect((0.01, 0.02, 0.04), (0.0003, 0.05), 0.0, None, True)
+    found = Ablation("x", "max", "full", results={}, effects={"a": effect})
+    assert "| a | +0.0233 | +0.0003 to +0.0500 | helps |" in str(found)
+
+
+def test_costs_of_nothing_have_no_minus():
+    effect = Effect((0.0,), (0.0, 0.0), -0.0002, -4096.0, None)
+    assert list(effect_rows(Ablation("x", "max", "full", results={}, effects={"a": effect})))[1][4:] == [
+        "+0.0%",
+        "+0.0 MiB",
+    ]
 
 
 def test_an_effect_has_the_mean_of_its_differences():

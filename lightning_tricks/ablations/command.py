@@ -12,16 +12,17 @@ from lightning_tricks.functional.checks import message
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options are the arguments of `ablate`.
+    """The options are the arguments of `ablate`, and what of its trials is done.
 
     Args:
         parser: of the command.
     """
     parser.add_argument("build", metavar="FILE:build", help="Python file, and its function that builds a training")
     parser.add_argument("--tricks", default="tricks", metavar="NAME", help="name of the dict of tricks in that file")
-    parser.add_argument("--metric", required=True, help="what the module logs, such as val/accuracy")
-    parser.add_argument("--mode", required=True, choices=["min", "max"], help="what of the metric is better")
-    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on (default: 5)")
+    parser.add_argument("--metric", help="what the module logs, such as val/accuracy; needed but for --list")
+    parser.add_argument("--mode", choices=["min", "max"], help="what of the metric is better; needed but for --list")
+    words = "their number, from 0 on, or they themselves, such as 0,3,7 (default: 5)"
+    parser.add_argument("--seeds", type=seeds, default=5, metavar="SEEDS", help=words)
     parser.add_argument("--design", default="leave-one-out", choices=list(MEANING), help="default: leave-one-out")
     parser.add_argument("--folder", default="ablation", help="where all is written (default: ablation)")
     parser.add_argument("--evaluate", default="validate", choices=["validate", "test"], help="default: validate")
@@ -29,6 +30,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--project", help="W&B project to log to as well")
     parser.add_argument("--trial", nargs="+", action="extend", metavar="ID", help="train these only")
     parser.add_argument("--list", action="store_true", help="print the ids of all trials, and train none")
+
+
+def seeds(text: str) -> int | list[int]:
+    """Those that a text names.
+
+    Args:
+        text: their number, or they themselves with commas between them; one alone has one behind it.
+    Example:
+        >>> seeds("5"), seeds("0,3,7"), seeds("3,")
+        (5, [0, 3, 7], [3])
+    """
+    return [int(seed) for seed in text.removesuffix(",").split(",")] if "," in text else int(text)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -61,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         trials=options.trial,
     )
     if ablation.unfinished and options.trial:
-        print(f"{len(options.trial)} trained, {len(ablation.unfinished)} unfinished.")
+        print(f"{sum(map(len, ablation.results.values()))} finished, {len(ablation.unfinished)} unfinished.")
     else:
         print(ablation)
 

@@ -96,8 +96,9 @@ def effect_rows(ablation: Ablation) -> Iterator[list[str]]:
     for name, effect in ablation.effects.items():
         low, high = effect.interval
         interval = f"{signed(low, effect)} to {signed(high, effect)}" if math.isfinite(high) else "unknown"
-        memory = "-" if effect.memory is None else f"{effect.memory / 2**20:+.1f} MiB"
-        yield [name, signed(effect.difference, effect), interval, verdict(effect), f"{effect.time:+.1%}", memory]
+        memory = "-" if effect.memory is None else f"{_rounded(effect.memory / 2**20, 1):+.1f} MiB"
+        time = f"{_rounded(effect.time, 3):+.1%}"
+        yield [name, signed(effect.difference, effect), interval, verdict(effect), time, memory]
 
 
 def verdict(effect: Effect) -> str:
@@ -107,7 +108,7 @@ def verdict(effect: Effect) -> str:
 
 
 def signed(value: float, effect: Effect) -> str:
-    """A difference with its sign, no more exact than the second digit of its interval's width.
+    """A difference with its sign, as exact as the second digit of its interval's width, and as the first of its ends.
 
     Args:
         value: on the scale of the effect's differences; nan where a training diverged.
@@ -119,11 +120,20 @@ def signed(value: float, effect: Effect) -> str:
     """
     if math.isnan(value):
         return "diverged"
-    width = effect.interval[1] - effect.interval[0]
-    decimals = 1 - math.floor(math.log10(width)) if 0 < width < math.inf else -1
-    if not 0 <= decimals <= 6:
+    low, high = effect.interval
+    if not 0 < high - low < math.inf:
         return f"{value:+.3g}"
-    return f"{round(value, decimals) + 0.0:+.{decimals}f}"  # without -0
+    decimals = max(1 + _decimals(high - low), *(_decimals(end) for end in (low, high) if end))
+    return f"{_rounded(value, decimals):+.{decimals}f}" if 0 <= decimals <= 6 else f"{value:+.3g}"
+
+
+def _decimals(value: float) -> int:
+    """Those that show its first digit."""
+    return -math.floor(math.log10(abs(value)))
+
+
+def _rounded(value: float, decimals: int) -> float:
+    return round(value, decimals) + 0.0  # without -0
 
 
 def notes(ablation: Ablation) -> Iterator[str]:
@@ -138,11 +148,31 @@ def notes(ablation: Ablation) -> Iterator[str]:
     if any(math.isinf(effect.interval[1]) for effect in ablation.effects.values()):
         why = f"with fewer than {LEAST} pairs, where a training diverged, and where all seeds came to the same"
         yield f"An interval is unknown {why}."
+    for name, steps in other_steps(ablation.results).items():
+        yield f"{name} took {steps}, and nothing asked it to stop: what it does is also what its budget does."
     if ablation.unfinished:
         count = len(ablation.unfinished)
         yield f"{count} trial{'s are' if count > 1 else ' is'} unfinished: {', '.join(ablation.unfinished)}."
     for error, trials in by_text(ablation.failed).items():
         yield f"{', '.join(trials)} failed: {error}"
+
+
+def other_steps(results: Mapping[str, Mapping[int, Result]]) -> dict[str, str]:
+    """The variants that trained longer or shorter than the baseline, where neither was stopped early.
+
+    Args:
+        results: variant -> seed -> result.
+    Example:
+        >>> other_steps({"baseline": {0: Result(0.5, 16, 1.0, None)}, "a": {0: Result(0.4, 40, 2.0, None)}})
+        {'a': '40 optimizer steps beside 16 of the baseline'}
+    """
+    base = results.get(BASELINE, {})
+    return {
+        name: f"{run.steps} optimizer steps beside {base[seed].steps} of the baseline"
+        for name, runs in results.items()
+        for seed, run in runs.items()
+        if seed in base and run.steps != base[seed].steps and not (run.stopped or base[seed].stopped)
+    }
 
 
 def by_text(errors: Mapping[str, str]) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """The forest plot, what each trick did and how sure that is, and the page's section that begins with it."""
 
 import math
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from lightning_tricks.ablations.effects import Ablation, effect_rows, notes, signed, verdict
@@ -36,13 +37,20 @@ def forest(ablation: Ablation) -> "Figure":
         axes.text(
             1.02, row, words, color=OF[effect.helps], transform=axes.get_yaxis_transform(), va="center", fontsize=9
         )
-    axes.set_yticks(range(len(ablation.effects)), list(ablation.effects), fontsize=9)
+    axes.set_yticks(range(len(ablation.effects)), list(map(_short, ablation.effects)), fontsize=9)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_ylim(len(ablation.effects) - 0.5, -0.5)
     better = "higher" if ablation.mode == "max" else "lower"
-    figure.supxlabel(f"paired difference of {plain(ablation.metric)} ({better} is better)", fontsize=9)
+    words = f"paired difference of {plain(ablation.metric)} ({better} is better)"
+    figure.supxlabel(fill(words, 70), fontsize=9)
     figure.suptitle(f"What each trick does ({ablation.design})", fontsize=10.5)
     axes.grid(axis="x", alpha=0.25)
     return figure
+
+
+def _short(name: str) -> str:
+    """A name in two lines at most, so that the plot keeps its width; the table has all of it."""
+    return fill(name if len(name) <= 44 else f"{name[:19]}...{name[-22:]}", 22, break_on_hyphens=False)
 
 
 def answer(ablation: Ablation, png: bytes) -> tuple[str, str]:

@@ -19,7 +19,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_tricks.ablations.designs import ALL, BASELINE, WITHOUT, Kind, make_design
 from lightning_tricks.ablations.effects import Ablation, by_text, find_effects
-from lightning_tricks.ablations.fingerprints import called
 from lightning_tricks.ablations.pictures import answer, forest
 from lightning_tricks.ablations.training import is_first_rank, rehearse, run_trial
 from lightning_tricks.ablations.trials import (
@@ -68,13 +67,14 @@ def ablate(
     in `folder`, written when it is whole: a call after a kill, an error, or with more seeds trains only what is missing
     (a trial that was in the middle begins anew). Afterwards `folder` has `table.md`, `forest.png`, `report.html` and a
     CSV log for each trial. A folder whose trials had other tricks or another `build` is refused, and so is one after a
-    change of the functions and classes that `build` calls by their names, if they are in its own file. Global values
-    and what other files define are not compared: after a change there, give another folder.
+    change of the functions and classes that these call by their names, if they are in the same file. Global values and
+    what other files define are not compared: after a change there, give another folder. An edit of the file while it
+    trains counts for the next call only.
 
     Args:
         build: (seed, callbacks, logger) -> (trainer, module, train_loader, val_loader, test_loader), or one datamodule
             in place of the loaders, or none where the module has them. It gives `callbacks` and `logger` to the
-            Trainer, and the same budget to all.
+            Trainer, and the same budget to all; the table names variants that trained longer or shorter all the same.
         tricks: name -> a callback, a list of them (each trial gets copies), or a function that makes these.
         metric: what `validation_step` or `test_step` logs, as `"val/accuracy"`.
         mode: "min" or "max", what of it is better.
@@ -130,7 +130,7 @@ def trial_ids(tricks: Mapping[str, Trick], seeds: int | Sequence[int], design: K
     Args:
         tricks, seeds, design: as `ablate` takes them.
     """
-    _check_tricks(tricks)
+    _described(tricks)
     variants = make_design(design, list(tricks)).variants
     return [trial_id(name, seed) for seed in _seeds(seeds) for name in variants]
 
@@ -142,7 +142,7 @@ def _planned(
     if not callable(build):
         fix = "Give a function (seed, callbacks, logger) -> (trainer, module, data...)"
         raise TypeError(message("ablate", "build", "a function", build, fix))
-    _check_tricks(tricks)
+    described = _described(tricks)
     for argument, value, words, fix in (
         ("mode", mode, ("min", "max"), "Say what of the metric is better"),
         ("evaluate", evaluate, ("validate", "test"), "Say which of the data the metric comes from"),
@@ -161,19 +161,21 @@ def _planned(
         fix = "Give another, which need not exist"
         raise ValueError(message("ablate", "folder", "a folder, and none of the files", str(place), fix))
     laid_out = make_design(design, list(tricks))
-    version = find_fingerprint("build", [build, *called(build)])
-    return Plan(build, version, dict(tricks), laid_out, _seeds(seeds), metric, evaluate, place, project)
+    version = find_fingerprint("build", build)
+    return Plan(build, dict(tricks), version, described, laid_out, _seeds(seeds), metric, evaluate, place, project)
 
 
-def _check_tricks(tricks: Any) -> None:
+def _described(tricks: Any) -> dict[str, dict[str, Any]]:
+    """What the tricks are, if they can be compared."""
     if not isinstance(tricks, Mapping) or not tricks:
         fix = "Such as {'EMA': lt.EMA(0.999)}"
         raise TypeError(message("ablate", "tricks", "a dict of name -> callbacks with one trick or more", tricks, fix))
-    for name, trick in tricks.items():
-        if not re.fullmatch(r"[\w.-]+", str(name)) or name in (BASELINE, ALL) or str(name).startswith(WITHOUT):
+    for name in tricks:
+        plain = isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) is not None
+        if not plain or name in (BASELINE, ALL) or name.startswith(WITHOUT):
             fix = f"They are parts of files' names; {BASELINE!r}, {ALL!r} and {WITHOUT + '...'!r} are taken"
             raise ValueError(message("ablate", "tricks", "named with letters, digits, '_', '.' and '-'", name, fix))
-        describe_trick(trick)
+    return {name: describe_trick(trick) for name, trick in tricks.items()}
 
 
 def _seeds(seeds: Any) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_tricks.ablations.trials import RESULT, TRIALS, Plan
+from lightning_tricks.ablations.trials import FORMAT, RESULT, TRIALS, Plan
 from lightning_tricks.callbacks.run_folder import write_whole
 from lightning_tricks.functional.checks import message
 from lightning_tricks.loggers import finish_runs, silence_runs, trial_logger
@@ -119,7 +119,7 @@ def _run(plan: Plan, trial: str) -> tuple[dict[str, Any], Callable[[], None]]:
         for logger in trainer.loggers:
             logger.log_hyperparams(dict(zip(("variant", "seed"), plan.trials[trial], strict=True)))
         measured = _measured(plan, trainer, module, data)
-    return {"settings": plan.settings(trial), "budget": budget, **measured}, trainer.strategy.barrier
+    return {"format": FORMAT, "settings": plan.settings(trial), "budget": budget, **measured}, trainer.strategy.barrier
 
 
 @contextmanager
@@ -196,13 +196,14 @@ def _measured(plan: Plan, trainer: Any, module: pl.LightningModule, data: tuple[
     began = _start_memory(device)
     start = time.perf_counter()
     trainer.fit(module, *data[:1] if whole else data[:2])
-    seconds, steps = time.perf_counter() - start, trainer.global_step
+    seconds, steps, stopped = time.perf_counter() - start, trainer.global_step, trainer.should_stop
     memory = _peak_memory(device) if began else None
     place = 1 if plan.evaluate == "validate" else 2
     given = data[0] if whole else data[place] if data else None
     getattr(trainer, plan.evaluate)(module, given, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {"metrics": metrics, "costs": {"steps": steps, "seconds": seconds, "memory": memory}}
+    costs = {"steps": steps, "seconds": seconds, "memory": memory, "stopped": stopped}
+    return {"metrics": metrics, "costs": costs}
 
 
 def _start_memory(device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """The trials of an ablation: what they are, what they came to, and whether a stored result is theirs."""
 
 import json
-import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from lightning_tricks.ablations.designs import Design
-from lightning_tricks.ablations.fingerprints import fingerprint
+from lightning_tricks.ablations.fingerprints import fingerprint, full_name
 from lightning_tricks.callbacks.post_hoc_ema import PostHocEMA
 from lightning_tricks.callbacks.snapshot_ensemble import SnapshotEnsemble
 from lightning_tricks.functional.checks import message
@@ -21,6 +21,8 @@ Build: TypeAlias = Callable[[int, list[Callback], list[Logger]], tuple[Any, ...]
 """(seed, callbacks, loggers) -> (trainer, module, data...)."""
 Trick: TypeAlias = "Callback | Sequence[Callback] | Callable[[], Callback | Sequence[Callback]]"
 TRIALS, RESULT = "trials", "result.json"
+FORMAT = f"2 on Python {sys.version_info.major}.{sys.version_info.minor}"
+"""What a result is read by: fingerprints are of the code that this Python makes of a source."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class Result:
         seconds: wall-clock time of `fit`.
         memory: peak during `fit` (bytes): allocated on the GPU, resident of the process on a CPU; None where the system
             does not tell.
+        stopped: whether something asked it to stop before its budget ended, such as `EarlyStopping`.
     """
 
     score: float
     steps: int
     seconds: float
     memory: int | None
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,9 @@ class Plan:
     """All that a trial needs to know; it can be sent to another process."""
 
     build: Build
-    version: str  # of build, as it was before it ran
     tricks: Mapping[str, Trick]
+    version: str  # of build, as it was before anything ran; so are these of the tricks
+    described: Mapping[str, Mapping[str, Any]]
     design: Design
     seeds: tuple[int, ...]
     metric: str
@@ -67,14 +72,14 @@ class Plan:
     def settings(self, trial: str) -> dict[str, Any]:
         """What must be as it was for a stored result to be this trial's."""
         variant, seed = self.trials[trial]
-        tricks = {name: describe_trick(self.tricks[name]) for name in self.design.variants[variant]}
+        tricks = {name: self.described[name] for name in self.design.variants[variant]}
         return {"seed": seed, "tricks": tricks, "evaluate": self.evaluate, "build": self.version}
 
     def read(self, trial: str) -> dict[str, Any] | None:
         """What a finished trial wrote; None if it is not finished.
 
         Raises:
-            ValueError: it was another trial; its file is damaged.
+            ValueError: it was another trial; its file is damaged, or of another format.
         """
         path = self._path(trial)
         if not path.is_file():
@@ -82,7 +87,7 @@ class Plan:
         stored = _stored(path)
         for key, value in self.settings(trial).items():
             other = stored["settings"].get(key)
-            if json.dumps(other) != json.dumps(value):  # as text: a nan is equal to itself
+            if _fingerprints(other) != _fingerprints(value) if key == "tricks" else other != value:
                 fix = f"It or what it calls has changed since {trial} was trained"
                 fix = f"{fix}: give another folder, or delete {path.parent}"
                 got = f"{value!r} beside {other!r}"
@@ -117,16 +122,30 @@ class Plan:
 
 def _stored(path: Path) -> dict[str, Any]:
     """What a file says, if it says all that is needed."""
+    fix = f"Delete {path}, and it is trained again"
     try:
         stored = json.loads(path.read_text())
-        whole = all(isinstance(stored[part], dict) for part in ("settings", "budget", "metrics", "costs"))
-        Result(0.0, **stored["costs"])
-    except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
-        fix = f"Delete {path}, and it is trained again"
-        raise ValueError(message("ablate", "result.json", "as a trial writes it", f"{path}", fix))
-    return stored  # type: ignore[no-any-return]
+        if (written := stored.get("format")) == FORMAT and _is_whole(stored):
+            return stored  # type: ignore[no-any-return]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        written = FORMAT
+    if written != FORMAT:
+        fix = f"Give another folder, or delete {path.parent.parent}: another version wrote {path}"
+        raise ValueError(message("ablate", "result.json", f"of format {FORMAT!r}", written, fix))
+    raise ValueError(message("ablate", "result.json", "as a trial writes it", f"{path}", fix))
+
+
+def _is_whole(stored: Mapping[str, Any]) -> bool:
+    """Whether the values are of their types; raises where one is missing."""
+    result = Result(0.0, **stored["costs"])
+    numbers = [*stored["metrics"].values(), result.steps, result.seconds, result.memory or 0, result.stopped]
+    dicts = (stored["budget"], stored["settings"], _fingerprints(stored["settings"]["tricks"]))
+    return all(isinstance(n, (int, float)) for n in numbers) and all(isinstance(each, dict) for each in dicts)
+
+
+def _fingerprints(tricks: Mapping[str, Any]) -> dict[str, str]:
+    """What of tricks is compared; the rest is there to be read."""
+    return {name: trick["fingerprint"] for name, trick in tricks.items()}
 
 
 def trial_id(variant: str, seed: int) -> str:
@@ -157,8 +176,8 @@ def make_callbacks(trick: Trick) -> list[Callback]:
     return list(several)
 
 
-def describe_trick(trick: Trick) -> list[Any]:
-    """What must be as it was of a trick's callbacks, as JSON holds it.
+def describe_trick(trick: Trick) -> dict[str, Any]:
+    """What a trick's callbacks are, to be read, and the fingerprint that is compared with a later one.
 
     Args:
         trick: as `make_callbacks` takes it.
@@ -171,8 +190,7 @@ def describe_trick(trick: Trick) -> list[Any]:
         if isinstance(callback, (PostHocEMA, SnapshotEnsemble)) and callback.directory is not None:
             fix = "Leave it out: each trial has its own"
             raise ValueError(message("ablate", f"{type(callback).__name__}.directory", "None", callback.directory, fix))
-    described = [_described(callback) for callback in made]
-    return json.loads(json.dumps(described, default=_text))  # type: ignore[no-any-return]
+    return {"callbacks": list(map(_shown, made)), "fingerprint": " ".join(map(_whole, made))}
 
 
 def find_fingerprint(name: str, item: Any) -> str:
@@ -191,23 +209,16 @@ def find_fingerprint(name: str, item: Any) -> str:
         raise TypeError(message("ablate", name, "made of what a later call can compare", f"{error}", fix)) from error
 
 
-def _described(callback: Callback) -> dict[str, Any]:
-    """A callback's class and settings, to be read, and the fingerprint of all that it holds."""
-    kind = type(callback)
-    plain = {key: value for key, value in vars(callback).items() if isinstance(value, (bool, int, float, str))}
+def _whole(callback: Callback) -> str:
+    """The fingerprint of all that a callback holds, or of what it says of itself."""
     try:
-        whole = find_fingerprint("tricks", callback)
+        return find_fingerprint("tricks", callback)
     except TypeError:
         if not hasattr(callback, "settings"):
             raise
-        whole = find_fingerprint("tricks", kind)  # its settings say the rest
-    return {
-        "class": f"{kind.__module__}.{kind.__qualname__}",
-        "settings": getattr(callback, "settings", plain),
-        "fingerprint": whole,
-    }
+        return find_fingerprint("tricks", (type(callback), callback.settings))
 
 
-def _text(item: Any) -> str:
-    """What an object among the settings says of itself and is made of, which is the same in every process."""
-    return f"{re.sub(' at 0x[0-9a-f]+', '', repr(item))} {find_fingerprint('tricks', item)}"
+def _shown(callback: Callback) -> str:
+    plain = {key: value for key, value in vars(callback).items() if isinstance(value, (bool, int, float, str))}
+    return f"{full_name(type(callback))} {getattr(callback, 'settings', plain)}"
