@@ -278,6 +278,21 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert [run.name for run in read_runs("report", tmp_path / "a")] == ["version_0"]
 
 
+def test_a_link_to_a_log_leads_to_it_and_links_below_a_folder_count_nothing_twice(logs, tmp_path):
+    """W&B makes one called latest-run itself, beside the run."""
+    (tmp_path / "link").symlink_to(logs / "csv")
+    found = read_runs("report", logs / "csv")
+    assert [run.series for run in read_runs("report", tmp_path / "link")] == [run.series for run in found]
+    assert [run.name for run in read_runs("report", tmp_path / "link" / "hot-0")] == ["hot-0"]
+    (latest,) = read_runs("report", logs / "wandb" / "latest-run")
+    assert latest.name == "plain-1"
+    assert len(read_runs("report", logs / "wandb")) == 2
+    (tmp_path / "own" / "run").mkdir(parents=True)
+    (tmp_path / "own" / "run" / "metrics.csv").write_text("step,loss\n0,1\n")
+    (tmp_path / "own" / "best").symlink_to(tmp_path / "own" / "run")
+    assert [run.name for run in read_runs("report", tmp_path / "own")] == ["run"]
+
+
 def damaged(kind, folder):
     path = folder / kind
     path.mkdir()

@@ -110,7 +110,8 @@ def _read_below(owner: str, path: Path, group: str | None) -> list[Run]:
 
 
 def _below(folder: Path, pattern: str) -> list[Path]:
-    found = {path.resolve(): path for path in folder.rglob(pattern) if not any(p.is_symlink() for p in path.parents)}
+    # Links below the folder are not followed: W&B's latest-run would be there twice.
+    found = {path.resolve(): path for path in folder.rglob(pattern)}
     return sorted(found.values(), key=lambda path: natural(str(path)))
 
 
