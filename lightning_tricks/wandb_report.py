@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lightning_tricks.functional.checks import message
-from lightning_tricks.reports.groups import flatten
 from lightning_tricks.reports.offline import STEP
 from lightning_tricks.reports.runs import Run, Runs, read_runs
+from lightning_tricks.reports.settings import flatten
 from lightning_tricks.reports.summary import (
     CHAPTERS,
     QUANTITIES,

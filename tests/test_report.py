@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,10 +34,11 @@ from lightning_tricks.ablations import Ablation, Effect
 from lightning_tricks.ablations.pictures import answer, forest
 from lightning_tricks.reports import report
 from lightning_tricks.reports.build import _learning_rates, as_png, file_name, learning_curves, write_page
-from lightning_tricks.reports.groups import flatten, group_runs
+from lightning_tricks.reports.groups import group_runs
 from lightning_tricks.reports.offline import read_offline
 from lightning_tricks.reports.pictures import Curve, Panel, curves, layers
 from lightning_tricks.reports.runs import Run, read_runs
+from lightning_tricks.reports.settings import flatten
 from lightning_tricks.reports.summary import (
     QUANTITIES,
     best,
@@ -200,7 +202,7 @@ def test_thousands_of_rows_with_gaps_are_read_as_a_loop_reads_them(tmp_path):
     assert run.series == expected
     assert all(list(series) == sorted(series) for series in run.series.values())
     assert [note.rpartition(": ")[2] for note in run.notes[:1]] == ["2001."]
-    assert "note is left out, since it holds no plain numbers." in run.notes[1]
+    assert "note is left out, since it holds no plain numbers." in run.notes[-1]
 
 
 @pytest.mark.parametrize("first", ["step,loss", "loss,step"])
@@ -228,15 +230,79 @@ def test_of_columns_of_one_name_the_last_is_shown_and_that_is_said(tmp_path):
     assert run.notes == (f"{tmp_path / 'metrics.csv'}: of several columns named loss the last is shown.",)
 
 
-def test_an_empty_log_among_others_is_left_out_and_said(tmp_path):
+def just_begun(kind, folder):
+    """A run as a kill, a full disk or a first second of training leaves it."""
+    folder.mkdir(parents=True)
+    table = folder / "metrics.csv"
+    if kind.startswith("table"):
+        table.write_text({"table of 0 bytes": "", "table with half a header": "epoch,st"}[kind])
+        return table
+    if kind.startswith("W&B"):
+        file = folder / "run-x.wandb"
+        file.write_bytes(b":W&B"[: int(kind.split()[-1])])
+        return file
+    table.write_text("step,loss\n0,1\n")
+    (folder / "hparams.yaml").write_text({"cut settings": "lr: [1,", "settings in themselves": "x: &a [1, *a]\n"}[kind])
+    return folder / "hparams.yaml"
+
+
+KINDS = ["table of 0 bytes", "table with half a header", *(f"W&B file of {size}" for size in range(4))]
+KINDS += ["cut settings", "settings in themselves"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_of_several_runs_that_cannot_be_read_is_left_out_and_said(kind, tmp_path):
     write_log(tmp_path / "a", [{"step": 0, "loss": 1}, {"step": 1, "loss": 2}])
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "metrics.csv").touch()
-    text = text_of(report(tmp_path, tmp_path / "report.html"))
-    assert f"{tmp_path / 'b' / 'metrics.csv'} is empty, and left out." in text.partition("Left out")[2]
-    for alone in (tmp_path / "b", tmp_path / "b" / "metrics.csv", [tmp_path / "a", tmp_path / "b"]):
-        with pytest.raises(ValueError, match=re.escape(f"got '{tmp_path / 'b' / 'metrics.csv'}'. It is empty")):
+    bad = just_begun(kind, tmp_path / "b")
+    for paths in (tmp_path, [tmp_path / "a", tmp_path / "b"]):
+        with pytest.warns(UserWarning, match=re.escape("report: Left out: runs must be")) as caught:
+            text = text_of(report(paths, tmp_path / "report.html"))
+        (warning,) = caught
+        assert f"got '{bad}'" in str(warning.message)
+        assert str(warning.message).removeprefix("report: ") in text.rpartition("Left out ")[2]
+        assert "One run: a." in text
+    for alone in (tmp_path / "b", [tmp_path / "b"]):
+        with pytest.raises(ValueError, match=re.escape(f"got '{bad}'")):
             report(alone)
+
+
+@given(place=st.integers(7, 10**9), bit=st.integers(0, 7))
+def test_a_bit_that_fell_over_in_a_wandb_file_is_an_error_that_names_it(logs, tmp_path_factory, place, bit):
+    """Or it is past what is read: in what fills a block, or in a length, which is then longer than the file."""
+    file = min(logs.rglob("*.wandb"), key=lambda path: path.stat().st_size)
+    data, broken = bytearray(file.read_bytes()), tmp_path_factory.mktemp("broken") / "run-x.wandb"
+    data[place % (len(data) - 7) + 7] ^= 1 << bit
+    broken.write_bytes(data)
+    whole = read_offline("report", file)
+    with suppress(ValueError):
+        part = read_offline("report", broken)
+        assert part.rows == whole.rows[: len(part.rows)]
+        assert part.cut_off
+
+
+def test_a_byte_that_is_another_in_a_wandb_file_is_an_error_that_names_it(logs, tmp_path):
+    """Here in a number of the log, which could be read as well."""
+    file = min(logs.rglob("*.wandb"), key=lambda path: path.stat().st_size)
+    data, broken = bytearray(file.read_bytes()), tmp_path / file.name
+    place = data.index(b"train/loss")
+    data[data.index(b"0.", place) + 3] ^= 1
+    broken.write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(f"got '{broken}'. It is damaged: byte ")):
+        read_offline("report", broken)
+
+
+def test_a_resumed_wandb_run_whose_last_part_has_just_begun_is_still_shown(tmp_path):
+    run = wandb.init(id="same", name="mine", dir=tmp_path, project="tests", mode="offline")
+    run.log({"loss": 1.0, "trainer/global_step": 0})
+    run.finish()
+    written(tmp_path)
+    just_begun("W&B file of 2", tmp_path / "wandb" / "offline-run-99990101_000000-same").rename(
+        tmp_path / "wandb" / "offline-run-99990101_000000-same" / "run-same.wandb"
+    )
+    with pytest.warns(UserWarning, match="files that W&B wrote"):
+        (run,) = read_runs("report", tmp_path)
+    assert run.series == {"loss": {0: 1.0}}
+    assert "99990101" in run.notes[0]
 
 
 def test_settings_with_a_tag_of_the_users_own_are_read_and_said(tmp_path):
@@ -780,6 +846,50 @@ def test_wandb_runs_beside_csv_logs_are_not_counted_twice(logs, tmp_path):
     runs = read_runs("report", logs)
     assert len(runs) == 4
     assert "2 W&B run(s)" in runs[0].notes[0]
+
+
+def test_a_wandb_run_without_a_csv_log_of_its_own_is_kept_beside_others(logs, tmp_path):
+    shutil.copytree(logs / "wandb", tmp_path / "wandb", symlinks=True)
+    shutil.copytree(logs / "csv" / "plain-0", tmp_path / "csv" / "plain-0")
+    shutil.copytree(logs / "csv" / "hot-0", tmp_path / "csv" / "hot-0")
+    for paths in (tmp_path, [tmp_path / "csv", tmp_path / "wandb"], [tmp_path / "wandb", tmp_path / "csv"]):
+        runs = read_runs("report", paths)
+        assert {run.name: run.path.parent.name for run in runs} == {
+            "plain-0": "csv",
+            "hot-0": "csv",
+            "plain-1": "wandb",
+        }
+        assert "1 W&B run(s) are left out, since CSV logs have the same numbers: plain-0." in runs[0].notes
+    apart = read_runs("report", {"ours": tmp_path / "csv" / "plain-0", "theirs": tmp_path / "wandb"})
+    assert [run.group for run in apart] == ["ours", "theirs", "theirs"]  # as they were given
+
+
+def test_equal_numbers_of_other_seeds_are_other_trainings(tmp_path):
+    write_log(tmp_path / "csv", [{"step": 0, "val/accuracy": 0.5}], seed=0)
+    for seed in range(2):
+        run = wandb.init(dir=tmp_path, name=f"seed{seed}", project="tests", mode="offline", config={"seed": seed})
+        run.log({"val/accuracy": 0.5, "trainer/global_step": 0})
+        run.finish()
+    assert [run.name for run in read_runs("report", written(tmp_path))] == ["csv", "seed1"]
+
+
+def test_a_run_that_several_paths_lead_to_counts_once(logs):
+    csv_log = logs / "csv" / "hot-0"
+    assert [run.name for run in read_runs("report", [csv_log, logs / "csv", csv_log / "metrics.csv"])] == [
+        *("hot-0", "hot-1", "plain-0", "plain-1")
+    ]
+    assert len(read_runs("report", [logs / "wandb", logs / "wandb" / "latest-run"])) == 2
+    assert len(read_runs("report", {"ours": csv_log, "all": logs / "csv"})) == 5  # as they were given
+
+
+def test_pictures_and_histograms_that_wandb_has_are_no_metrics(tmp_path):
+    with wandb.init(name="media", dir=tmp_path, project="tests", mode="offline") as run:
+        picture = wandb.Image(torch.zeros(4, 4, 3).numpy())
+        run.log({"loss": 1.0, "nested": {"a": 2.0, "picture": picture}, "pictures": [picture] * 2})
+        run.log({"loss": 0.5, "histogram": wandb.Histogram([1, 2, 3])})
+    (run,) = read_runs("report", written(tmp_path))
+    assert run.series == {"loss": {0: 1.0, 1: 0.5}, "nested.a": {0: 2.0}}
+    assert run.notes == ()
 
 
 def test_training_and_validation_of_one_run_are_in_one_picture(logs):

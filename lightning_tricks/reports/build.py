@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.reports import page
-from lightning_tricks.reports.groups import Group, differing, flatten, group_runs, is_seed
+from lightning_tricks.reports.groups import Group, group_runs
 from lightning_tricks.reports.pictures import HEAT_MAPS, Curve, Panel, Picture, curves, drawable, layers, styles
 from lightning_tricks.reports.runs import Run, Runs, read_runs
+from lightning_tricks.reports.settings import differing, flatten, is_seed, seeds
 from lightning_tricks.reports.summary import (
     CHAPTERS,
     QUANTITIES,
@@ -325,10 +326,8 @@ def _runs(groups: Sequence[Group]) -> str:
     for group in groups:
         for run in group.runs:
             steps = [max(series) for series in run.series.values() if series]
-            seeds = {name: text for name, text in flatten(run.settings).items() if is_seed(name) and "." not in name}
-            rows.append(
-                [run.name, group.name, ", ".join(seeds.values()) or "-", f"{max(steps, default=0):,}", str(run.path)]
-            )
+            own = ", ".join(text for name, text in seeds(run.settings).items() if "." not in name)
+            rows.append([run.name, group.name, own or "-", f"{max(steps, default=0):,}", str(run.path)])
     return page.table(["run", "group", "seed", "last step", "read from"], rows, "numbers")
 
 
