@@ -528,6 +528,54 @@ def test_runs_without_settings_are_not_taken_for_seeds(tmp_path):
     assert [group.name for group in group_runs("report", read_runs("report", tmp_path), None)] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        ({"lr": 0.1, "wd": 0.2, "seed": 0}, {"wd": 0.2, "seed": 1, "lr": 0.1}, True),
+        ({"tricks": {"EMA": {"decay": 0.9}, "Mixup": {}}}, {"tricks": {"Mixup": {}, "EMA": {"decay": 0.9}}}, True),
+        ({"seed": 0}, {"seed": 1}, True),
+        ({"lr": 0.1, "seed_everything": 1}, {"lr": 0.1, "seed_everything": 2}, True),
+        ({"lr": 1}, {"lr": 1.0}, True),
+        ({"lr": 0.1}, {"lr": 0.10000001}, False),
+        ({"betas": [0.9, 0.99]}, {"betas": [0.99, 0.9]}, False),
+    ],
+)
+def test_runs_are_together_whose_settings_are_equal_in_any_order(one, other, together):
+    runs = [Run(name, Path(name), {}, settings) for name, settings in (("a", one), ("b", other))]
+    assert len(group_runs("report", runs, None)) == (1 if together else 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "by", "lead", "spread"),
+    [
+        ([{"lr": 1, "seed": n} for n in range(2)], None, "1 group of runs that differ by their seed", "over the seeds"),
+        ([{"lr": 1}, {"lr": 1}], None, "1 group of runs with equal settings:", "over runs with equal settings"),
+        ([{"arm": "a", "lr": n, "seed": 0} for n in range(2)], "arm", "1 group: a", "over the runs of a group"),
+    ],
+)
+def test_a_spread_is_over_seeds_only_where_the_settings_say_so(settings, by, lead, spread, tmp_path):
+    for index, each in enumerate(settings):
+        write_log(tmp_path / f"run{index}", [{"step": step, "val/loss": index + step} for step in range(3)], **each)
+    text = text_of(report(tmp_path, tmp_path / "report.html", group=by))
+    assert f"2 runs in {lead}" in text
+    assert f"{spread} (n - 1)" in text
+    assert ("the seeds" in text, "their seed" in text) == ("seeds" in spread,) * 2
+
+
+def test_a_csv_run_that_was_resumed_is_not_called_two_seeds(tmp_path):
+    for version, first in enumerate((0, 100)):
+        rows = [{"step": step, "val/loss": 10 - step / 20} for step in range(first, first + 90, 10)]
+        write_log(tmp_path / f"version_{version}", rows, lr=0.1, seed=0)
+    text = text_of(report(tmp_path, tmp_path / "report.html"))
+    assert "The steps of version_1 follow those of version_0, and both have the same settings" in text
+    assert "over the seeds" not in text
+    assert "by their seed" not in text
+    write_log(tmp_path / "version_2", [{"step": 200, "val/loss": 1.0}], lr=0.1, seed=1)
+    text = text_of(report(tmp_path, tmp_path / "report.html"))
+    assert text.count("follow those of") == 1
+    assert "over the seeds" not in text
+
+
 def test_settings_are_flattened():
     given = {"a": {"b": {"c": 1e-7}, "d": []}, "e": None, "f": (1, 0.5), "g": {}, "h": True}
     assert flatten(given) == {"a.b.c": "1e-07", "a.d": "none", "e": "none", "f": "1, 0.5", "g": "none", "h": "True"}

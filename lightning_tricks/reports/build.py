@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.reports import page
-from lightning_tricks.reports.groups import Group, group_runs
+from lightning_tricks.reports.groups import Group, group_runs, kinship, resumed
 from lightning_tricks.reports.pictures import HEAT_MAPS, Curve, Panel, Picture, curves, drawable, layers, styles
 from lightning_tricks.reports.runs import Run, Runs, read_runs
 from lightning_tricks.reports.settings import differing, flatten, is_seed, seeds
@@ -63,7 +63,9 @@ def report(
 
     Args:
         runs: a folder of Lightning's CSVLogger, an offline W&B run, or a folder above many; several in a list; or a
-            dict name -> path(s), where the paths of one name are runs that differ by their seed.
+            dict name -> path(s), where the runs of one name are summed up together. A run that several paths lead to,
+            or that both loggers wrote, counts once; of several runs those that cannot be read are left out, with a
+            warning.
         output: the page to write; the pictures come into the folder `report_pictures` beside `report.html`.
         group: a setting (`arm`, `tricks.EMA.decay`): runs that have the same value are summed up together. None puts
             those together whose settings are equal but for seeds.
@@ -75,7 +77,7 @@ def report(
         The page's path.
     Raises:
         ImportError: matplotlib is not installed, or W&B for a run of its own.
-        TypeError, ValueError: an argument out of range, a path without a log, a log that cannot be read.
+        TypeError, ValueError: an argument out of range, a path without a log, logs of which none can be read.
     Example:
         >>> from lightning_tricks import report
         >>> report("no_such_folder")  # doctest: +ELLIPSIS
@@ -205,7 +207,8 @@ def _lead(groups: Sequence[Group]) -> list[str]:
         return [f"{count} runs."]
     named = ", ".join(f"{group.name} ({len(group.runs)})" for group in groups[:8]) + (", ..." if groups[8:] else "")
     word = "groups" if len(groups) > 1 else "group"
-    return [f"{count} runs in {len(groups)} {word} of runs that differ by their seed: {named}."]
+    alike = {"seeds": " of runs that differ by their seed", "equal settings": " of runs with equal settings"}
+    return [f"{count} runs in {len(groups)} {word}{alike.get(kinship(groups), '')}: {named}."]
 
 
 def _how_to_read(groups: Sequence[Group]) -> str:
@@ -246,7 +249,11 @@ def _results(groups: Sequence[Group], modes: Mapping[str, Mode]) -> str:
     rows = [[group.name, *(_result(group, key, known[key]) for key in keys)] for group in groups]
     words = ["Last logged value of each metric; below it the best one and the step it was logged at."]
     if any(len(group.runs) > 1 for group in groups):
-        words[0] += " Mean ± standard deviation over the seeds (n - 1)."
+        over = {"seeds": "the seeds", "equal settings": "runs with equal settings"}
+        words[0] += f" Mean ± standard deviation over {over.get(kinship(groups), 'the runs of a group')} (n - 1)."
+    for one, other in resumed(groups):
+        follow = f"The steps of {other.name} follow those of {one.name}, and both have the same settings"
+        words.append(f"{follow}: they are probably one resumed run, and the spread is not one over trainings.")
     unknown = [key for key, mode in known.items() if mode is None and stage(key)[1] != "training"]
     if unknown:
         which = ", ".join(unknown)

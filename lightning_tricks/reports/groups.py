@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 from lightning_tricks.functional.checks import message
@@ -11,10 +12,35 @@ from lightning_tricks.reports.settings import differing, flatten, is_seed
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by their seed."""
+    """Runs that are summed up together."""
 
     name: str
     runs: tuple[Run, ...]
+
+
+def kinship(groups: Sequence[Group]) -> str:
+    """What the runs of a group have in common: "seeds", "equal settings", or "" where their settings say neither.
+
+    Args:
+        groups: those of one run say nothing.
+    """
+    each = [[flatten(run.settings) for run in group.runs] for group in groups if group.runs[1:]]
+    names = [differing(settings) for settings in each]
+    if resumed(groups) or not all(map(all, each)) or not all(is_seed(name) for found in names for name in found):
+        return ""
+    return "seeds" if all(names) else "" if any(names) else "equal settings"
+
+
+def resumed(groups: Sequence[Group]) -> list[tuple[Run, Run]]:
+    """Runs of a group with equal settings, of which the second begins after the step at which the first ends."""
+    found = []
+    for group in groups:
+        spans = [(run, {step for series in run.series.values() for step in series}) for run in group.runs]
+        ends = [(run, min(steps), max(steps)) for run, steps in spans if steps and run.settings]
+        for (one, _, end), (other, start, _) in permutations(ends, 2):
+            if end < start and flatten(one.settings) == flatten(other.settings):
+                found.append((one, other))
+    return found
 
 
 def group_runs(owner: str, runs: Sequence[Run], by: str | None) -> list[Group]:
