@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 
@@ -46,6 +47,7 @@ from lightning_tricks.reports.summary import (
     direction,
     last,
     moving_average,
+    quantity,
     stage,
     thin,
     with_spread,
@@ -415,6 +417,11 @@ def test_a_file_that_cannot_be_read_is_named(kind, tmp_path):
         ({"smooth": 4}, ValueError, "odd"),
         ({"band": (1e-2, 1e-4)}, ValueError, "low < high"),
         ({"modes": {"loss": "down"}}, ValueError, "'min' or 'max'"),
+        ({"modes": "min"}, TypeError, "modes must be a dict of 'min' or 'max' for each metric, got 'min'"),
+        ({"modes": ["min"]}, TypeError, "modes must be a dict"),
+        ({"modes": {"nope": "min"}}, ValueError, "got ['nope']. There are loss."),
+        ({"title": None}, TypeError, "title must be a text, got None"),
+        ({"title": 5}, TypeError, "title must be a text, got 5"),
         ({"group": "arms"}, ValueError, "has arm, lr, seed"),
         ({"output": "."}, ValueError, "output must be a file, got '.'. Give the page's name"),
     ],
@@ -469,6 +476,16 @@ def test_spread_is_mean_and_deviation(values):
     assert mean == pytest.approx(statistics.mean(values), rel=1e-3, abs=0.06 * statistics.stdev(values) + 1e-6)
 
 
+@given(st.lists(st.integers(10**6, 10**6 + 5000), min_size=2, max_size=8, unique=True), st.sampled_from([-12, 0, 12]))
+def test_a_mean_is_written_as_exactly_as_its_spread(numbers, power):
+    values = [number * 10.0**power for number in numbers]
+    mean, deviation = map(Decimal, with_spread(values).split(" ± "))
+    exact = statistics.stdev(map(Decimal, values))
+    place = Decimal(10) ** (exact.adjusted() - 1)  # of its second digit
+    assert abs(deviation - exact) <= place * Decimal("0.501")
+    assert abs(mean - statistics.mean(map(Decimal, values))) <= place * Decimal("0.501")
+
+
 def test_best_and_last():
     series = {0: 3.0, 5: 1.0, 9: math.nan, 12: 1.0, 20: 2.0}
     assert last(series) == 2.0
@@ -490,6 +507,7 @@ def test_what_is_better_is_said_by_the_user_then_the_monitor_then_the_name():
         "min",
     ]
     assert stage("classification/loss") == ("classification/loss", "")
+    assert [quantity(key) for key in ("lr", "lr-SGD", "learning_rate/0", "lr_loss", "lrelu")] == ["lr"] * 3 + [None] * 2
 
 
 # ---------------------------------------------------------------------- groups
@@ -607,6 +625,69 @@ def test_the_smoothed_curve_is_not_only_in_a_ui():
     assert "moving averages of 5 points" in picture.caption
 
 
+@pytest.mark.parametrize("starts", [(0, 1), (0, 0.5, 0.25)])
+@pytest.mark.parametrize("size", [50, 1500])
+def test_runs_that_were_logged_at_other_steps_have_a_mean(starts, size):
+    """Of straight lines the mean is the straight line between them, wherever their points are."""
+    runs = tuple(
+        {int(100 * (n + start)): index + 3.0 * (n + start) for n in range(size)} for index, start in enumerate(starts)
+    )
+    picture = curves("loss", "loss", [Panel("loss", "loss", (Curve("runs", "#0072B2", "solid", runs),))], [], 1)
+    (mean,) = lines_of(picture.figure.axes[0], "runs")
+    steps = list(mean.get_xdata())
+    offset = statistics.mean(range(len(starts)))
+    assert list(mean.get_ydata()) == pytest.approx([offset + 0.03 * step for step in steps])
+    assert len(steps) > 45
+    assert steps[0] == max(min(run) for run in runs)
+
+
+def test_where_no_mean_is_drawn_neither_legend_nor_words_have_one():
+    runs = tuple({step: float(step) for step in range(first, first + 9)} for first in (0, 100))
+    panel = Panel("loss", "loss", (Curve("parts", "#0072B2", "dashed", runs),))
+    picture = curves("loss", "loss", [panel], [], 1)
+    (axes,) = picture.figure.axes
+    assert {line.get_linestyle() for line in axes.lines} == {"-"}
+    assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == ["parts"]
+    assert [line.get_linestyle() for line in picture.figure.legends[0].get_lines()] == ["-"]
+    assert "No mean is drawn of parts: they cover no step together." in picture.caption
+
+
+def drawn_outside(figure):
+    """Titles and names that do not fit on a figure."""
+    figure.draw_without_rendering()
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    texts += [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
+    boxes = {text.get_text(): text.get_window_extent() for text in [*texts, *figure.texts] if text.get_text()}
+    within = figure.bbox.padded(1)
+    return [text for text, box in boxes.items() if not (within.contains(*box.min) and within.contains(*box.max))]
+
+
+def test_long_names_are_wrapped_and_fit_on_their_pictures(tmp_path):
+    long = "a_very_long_name_" * 12
+    rows = [{"step": step, f"val/{long}": step, "update_ratio/conv": 1e-3} for step in range(3)]
+    groups = {f"{long} {name}": write_log(tmp_path / name, rows) for name in "ab"}
+    groups = group_runs("report", read_runs("report", groups), None)
+    found = [
+        *learning_curves(groups, None),
+        *layers("x", "Update ratio", "ratio", groups, "update_ratio", (1e-4, 1e-2)),
+    ]
+    assert len(found) == 3
+    assert [len(picture.figure.legends) for picture in found] == [1, 0, 0]
+    for picture in found:
+        assert drawn_outside(picture.figure) == []
+
+
+def test_letters_that_the_font_lacks_are_written_as_their_numbers(tmp_path):
+    """Matplotlib would warn, which is an error here, and draw empty boxes."""
+    names = ["損失", "🔥loss", "емкость", "größe", ""]
+    log = write_log(tmp_path / "実験", [{"step": step, **dict.fromkeys(names, step)} for step in range(3)])
+    groups = group_runs("report", read_runs("report", log), None)
+    found = [picture.figure.axes[0].get_title() for picture in learning_curves(groups, None)]
+    assert sorted(found) == sorted(["\\u640d\\u5931", "\\U0001f525loss", "емкость", "größe", "(no name)"])
+    text = text_of(report(log, tmp_path / "report.html"))
+    assert all(name in text for name in ["損失", "🔥loss", "(no name)", "実験"])
+
+
 def test_thousands_of_points_are_thinned_out_and_it_is_said():
     series = {step: 1.0 + step % 7 for step in range(50_000)} | {31_415: 100.0}
     picture = curves("loss", "loss", [Panel("loss", "loss", (Curve("run", "#000000", "solid", (series,)),))], [], None)
@@ -654,6 +735,16 @@ def test_layers_stand_against_the_band_in_the_order_of_their_numbers(tmp_path):
     assert (abs(colours[1:3, 0] - colours[1:3, 2]) < 0.02).all()  # grey within
 
 
+def test_layers_that_are_in_the_middle_of_the_band_are_seen_and_all_columns_are_alike(tmp_path):
+    (picture,) = layers("x", "Ratio", "ratio", measured(tmp_path / "run", ["a"]), "update_ratio", (1e-8, 1e-2))
+    mesh = picture.figure.axes[0].collections[0]
+    assert (mesh.cmap(mesh.norm([1e-5]))[0, :3] < 0.95).all()  # the paper is white
+    edges = mesh.get_coordinates()[0, :, 0]
+    assert edges.tolist() == [step - 0.5 for step in range(51)]
+    (picture,) = layers("x", "Ratio", "ratio", measured(tmp_path / "one", ["a"], 1), "update_ratio", (1e-8, 1e-2))
+    assert picture.figure.axes[0].collections[0].get_coordinates()[0, :, 0].tolist() == [-0.5, 0.5]
+
+
 def test_names_of_thirty_layers_do_not_overlap(tmp_path):
     names = [f"backbone.encoder.blocks.{index}.attention.projection" for index in range(30)]
     groups = measured(tmp_path / "run", names, steps=3)
@@ -678,7 +769,7 @@ def test_zeros_infinities_and_what_is_no_number_have_a_colour(tmp_path):
     array = picture.figure.axes[0].collections[0].get_array().reshape(2, 3)
     assert bool(array.mask[0, 2])
     assert array[0, :2].tolist() == pytest.approx([1e-6, 1.0])
-    assert "Grey: not logged, or not a number." in picture.caption
+    assert "White: not logged, or not a number." in picture.caption
 
 
 @pytest.mark.parametrize(
@@ -831,6 +922,42 @@ def test_a_run_with_little_in_it_still_has_a_report(tmp_path):
     assert list((tmp_path / "out" / "little_pictures").iterdir()) == []
 
 
+def test_a_page_that_is_written_again_leaves_no_pictures_of_the_earlier_one(tmp_path):
+    rows = [{"step": step, "val/loss": step, "val/old": 2 * step} for step in range(3)]
+    before = write_log(tmp_path / "before", rows)
+    after = write_log(tmp_path / "after", [{key: row[key] for key in ("step", "val/loss")} for row in rows])
+    page = report(before, tmp_path / "report.html")
+    folder = page.with_name("report_pictures")
+    assert {path.name for path in folder.iterdir()} == {"loss.png", "old.png"}
+    for name in ("mine.png", "mine.txt"):
+        (folder / name).write_bytes(b"" if name.endswith("png") else b"words")
+    picture, *_ = learning_curves(group_runs("report", read_runs("report", before), None), 1)
+    (folder / "other.png").write_bytes(as_png(picture.figure)[:-1])
+    report(after, page)
+    assert {path.name for path in folder.iterdir()} == {"loss.png", "mine.png", "mine.txt", "other.png"}
+
+
+def test_the_best_group_of_each_metric_is_marked_where_a_direction_is_known(tmp_path):
+    values = {"a": (1.0, 0.5, 3), "b": (0.5, 0.5, 4), "c": (math.nan, 0.5, 5)}
+    for name, (loss, accuracy, score) in values.items():
+        row = {"val/loss": loss, "val/acc": accuracy, "val/score": score, "train/loss": score}
+        write_log(tmp_path / name, [{"step": 0, **row}])
+    source = report(tmp_path, tmp_path / "report.html").read_text()
+    results = source[source.index("<h2>Results") : source.index("<h2>Settings")]
+    cells = re.findall(r"<t[dh](?: [^>]*)?>(.*?)</t[dh]>", results)
+    columns = [
+        "val/acc<small>high is better</small>",
+        "val/loss<small>low is better</small>",
+        "val/score",
+        "train/loss",
+    ]
+    rows = ["a 0.5 1 3 3", "b 0.5 ★_0.5 4 4", "c 0.5 nan 5 5"]
+    assert cells == ["", *columns, *(cell.replace("_", " ") for row in rows for cell in row.split())]
+    assert "★ is the best last value, however small its lead." in results
+    text = text_of(report(tmp_path, tmp_path / "report.html", modes={"val/score": "max"}))
+    assert "★ 5" in text
+
+
 def test_names_are_text_and_not_html_or_mathematics(tmp_path):
     name = "<script>alert(1)</script> & $x_$ _"
     rows = [{"step": step, "val/$a$ <b>": step, "update_ratio/$_$": 1e-3} for step in range(3)]
@@ -859,13 +986,15 @@ def test_a_metric_that_is_nowhere_finite_has_no_empty_picture(tmp_path):
         (lambda step: math.nan, "At some steps or at all not finite: a."),
         (lambda step: 1.0 if step < 3 else math.nan, "steps above the band: a. At some steps or at all not finite: a."),
         (lambda step: 1e-3, "Every layer is in the band"),
+        (lambda step: 1e-6 if step % 2 else 1.0, "For more than half of the steps above the band: a."),
+        (lambda step: (1e-6, 1.0, 1e-3)[step % 3], "more than half of the steps now above and now below the band: a."),
     ],
 )
 def test_what_is_not_finite_is_not_in_the_band(ratio, words, tmp_path):
     rows = [{"step": step, "update_ratio/a": ratio(step)} for step in range(9)]
     text = text_of(report(write_log(tmp_path / "run", rows), tmp_path / "report.html"))
     assert words in text
-    assert ("in the band" in text) == (words == "Every layer is in the band")
+    assert ("is in the band" in text) == (words == "Every layer is in the band")
 
 
 def test_huge_numbers_long_names_and_strange_tricks_have_a_report(tmp_path):

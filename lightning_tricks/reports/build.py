@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -21,6 +22,7 @@ from lightning_tricks.reports.summary import (
     best,
     by_metric,
     check_band,
+    check_title,
     direction,
     last,
     metric_keys,
@@ -84,7 +86,14 @@ def report(
         Traceback (most recent call last):
         ValueError: report: runs must be paths that exist, got 'no_such_folder'. Give a folder of ...
     """
-    return write_page(runs, output, group=group, smooth=smooth, band=band, modes=modes, title=title)
+    path = _check(output, smooth, band, modes, title)
+    read = read_runs("report", runs)
+    metrics = metric_keys(read)
+    unknown = [key for key in modes or {} if key not in metrics]
+    if unknown:
+        fix = f"There are {', '.join(metrics) or 'none'}"
+        raise ValueError(message("report", "modes", "of metrics that a run logged", unknown, fix))
+    return _write(read, path, group, smooth, band, modes or {}, title, [])
 
 
 def write_page(
@@ -104,15 +113,24 @@ def write_page(
         runs, output, group, smooth, band, modes, title: as `report` takes them.
         first: headings, plain text, and what is below them, HTML.
     """
-    _check(smooth, band, modes)
-    path = Path(output)
-    if path.is_dir():
-        raise ValueError(message("report", "output", "a file", str(path), "Give the page's name, as 'report.html'"))
-    read = read_runs("report", runs)
+    path = _check(output, smooth, band, modes, title)
+    return _write(read_runs("report", runs), path, group, smooth, band, modes or {}, title, first)
+
+
+def _write(
+    read: Sequence[Run],
+    path: Path,
+    group: str | None,
+    smooth: int | None,
+    band: tuple[float, float],
+    modes: Mapping[str, Mode],
+    title: str,
+    first: Sequence[tuple[str, str]],
+) -> Path:
     groups = group_runs("report", read, group)
-    modes = modes or {}
     folder = path.with_name(f"{path.stem}_pictures")
     folder.mkdir(parents=True, exist_ok=True)
+    earlier = _embedded(path, folder)
     drawn = {
         "Learning curves": learning_curves(groups, smooth),
         "Learning rate and schedules": _learning_rates(groups),
@@ -144,19 +162,39 @@ def write_page(
     if notes:
         sections.append(("Left out", page.paragraphs(notes)))
     path.write_text(page.page(title, _lead(groups), sections), encoding="utf-8")
+    for picture in earlier:
+        if picture.stem.casefold() not in names:
+            picture.unlink()
     return path
 
 
-def _check(smooth: Any, band: Any, modes: Any) -> None:
+def _embedded(path: Path, folder: Path) -> list[Path]:
+    """Pictures in the folder that the page of an earlier call holds too: no other file is ours."""
+    if not path.exists():
+        return []
+    held = path.read_text(encoding="utf-8", errors="replace")
+    return [picture for picture in folder.glob("*.png") if page.source(picture.read_bytes()) in held]
+
+
+def _check(output: str | PathLike[str], smooth: Any, band: Any, modes: Any, title: Any) -> Path:
+    """Where the page will be, if it can be made of what the user says."""
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(message("report", "output", "a file", str(path), "Give the page's name, as 'report.html'"))
+    check_title("report", title)
     if smooth is not None:
         fix = "A moving average is centred; None takes a round number"
         check_count("report", "smooth", smooth, 1, "logged points", fix)
         if smooth % 2 == 0:
             raise ValueError(message("report", "smooth", "odd (logged points)", smooth, fix))
     check_band("report", band)
+    condition, fix = "'min' or 'max' for each metric", "As {'val/loss': 'min'}; None where names say what is better"
+    if modes is not None and not isinstance(modes, Mapping):
+        raise TypeError(message("report", "modes", f"a dict of {condition}", modes, fix))
     wrong = {key: mode for key, mode in (modes or {}).items() if mode not in ("min", "max")}
     if wrong:
-        raise ValueError(message("report", "modes", "'min' or 'max' for each metric", wrong, "Name what is better"))
+        raise ValueError(message("report", "modes", condition, wrong, fix))
+    return path
 
 
 def _save(picture: Picture, folder: Path, names: set[str]) -> str:
@@ -192,6 +230,11 @@ def file_name(text: str, taken: Container[str] = ()) -> str:
     return f"{name.encode()[:100].decode(errors='ignore')}-{digest}"  # file systems take 255 bytes at most
 
 
+def named(key: str) -> str:
+    """A metric's name, also where it is empty."""
+    return key if key.strip() else "(no name)"
+
+
 def _all(groups: Sequence[Group]) -> list[Run]:
     return [run for group in groups for run in group.runs]
 
@@ -216,7 +259,7 @@ def _how_to_read(groups: Sequence[Group]) -> str:
         "Points are values as logged, at the step they were logged with; lines join them where nothing else is said."
     )
     if any(len(group.runs) > 1 for group in groups):
-        words += " Thin lines are single runs, thick lines the means of a group, as far as all of it trained."
+        words += " Of a group, thin lines are single runs, and a thick one is their mean over the steps that all cover."
     return words
 
 
@@ -245,33 +288,55 @@ def _results(groups: Sequence[Group], modes: Mapping[str, Mode]) -> str:
     keys = metric_keys(runs)
     if not keys:
         return page.paragraphs(["No metric was logged."])
-    known = {key: direction(key, runs, modes) for key in keys}
-    rows = [[group.name, *(_result(group, key, known[key]) for key in keys)] for group in groups]
+    known = {key: direction(key, runs, modes) for key in keys if stage(key)[1] != "training"}  # there it is chance
+    rows = [[group.name, *(_result(group, key, known.get(key)) for key in keys)] for group in groups]
     words = ["Last logged value of each metric; below it the best one and the step it was logged at."]
     if any(len(group.runs) > 1 for group in groups):
         over = {"seeds": "the seeds", "equal settings": "runs with equal settings"}
         words[0] += f" Mean ± standard deviation over {over.get(kinship(groups), 'the runs of a group')} (n - 1)."
+    for column, key in enumerate(keys, 1):
+        for index in _leading(groups, key, known.get(key)):
+            rows[index][column] = f"★ {rows[index][column]}"
+    if any(text.startswith("★") for row in rows for text in row[1:]):
+        words[0] += " ★ is the best last value, however small its lead."
     for one, other in resumed(groups):
         follow = f"The steps of {other.name} follow those of {one.name}, and both have the same settings"
         words.append(f"{follow}: they are probably one resumed run, and the spread is not one over trainings.")
-    unknown = [key for key, mode in known.items() if mode is None and stage(key)[1] != "training"]
+    unknown = [named(key) for key, mode in known.items() if mode is None]
     if unknown:
         which = ", ".join(unknown)
         words.append(f"Whether low or high is better is not known of {which}: say modes={{'{unknown[0]}': 'min'}}.")
-    return page.paragraphs(words, "soft") + page.table(["", *keys], rows, "numbers")
+    better = {"min": "\nlow is better", "max": "\nhigh is better"}
+    head = [named(key) + better.get(known.get(key) or "", "") for key in keys]
+    return page.paragraphs(words, "soft") + page.table(["", *head], rows, "numbers")
+
+
+def _finals(group: Group, key: str) -> list[float]:
+    finals = [last(run.series[key]) for run in group.runs if key in run.series]
+    return [value for value in finals if value is not None]
+
+
+def _leading(groups: Sequence[Group], key: str, mode: Mode | None) -> list[int]:
+    """Places of the groups whose last values are the best in the mean; none where all are equal."""
+    finals = [_finals(group, key) for group in groups]
+    means = [sum(value / len(values) for value in values) if values else math.nan for values in finals]
+    finite = {mean for mean in means if math.isfinite(mean)}
+    if mode is None or len(finite) < 2:
+        return []
+    leader = min(finite) if mode == "min" else max(finite)
+    return [index for index, mean in enumerate(means) if mean == leader]
 
 
 def _result(group: Group, key: str, mode: Mode | None) -> str:
-    logged = [run.series[key] for run in group.runs if run.series.get(key)]
-    finals = [last(series) for series in logged]
-    values = [value for value in finals if value is not None]
+    values = _finals(group, key)
     if not values:
         return "-"
     text = with_spread(values)
     if len(values) < len(group.runs):
         text += f" ({len(values)} of {len(group.runs)} runs)"
-    tops = [found for series in logged if mode is not None and len(series) > 1 and (found := best(series, mode))]
-    if tops and stage(key)[1] != "training":  # of single batches the best is chance
+    logged = [run.series[key] for run in group.runs if len(run.series.get(key, ())) > 1]
+    tops = [found for series in logged if mode is not None and (found := best(series, mode))]
+    if tops:
         steps = sorted(top.step for top in tops)
         where = f"{steps[0]:,}" if steps[0] == steps[-1] else f"{steps[0]:,} to {steps[-1]:,}"
         text += f"\nbest {with_spread([top.value for top in tops])}, step {where}"
@@ -344,14 +409,15 @@ def _runs(groups: Sequence[Group]) -> str:
 def learning_curves(groups: Sequence[Group], smooth: int | None) -> Iterator[Picture]:
     """A picture a metric: training above validation; of a single group both in one."""
     for metric, keys in by_metric(_all(groups)).items():
+        name = named(metric)
         if len(groups) == 1:
-            lines = [_curve(stage(key)[1] or key, index, groups[0], key) for index, key in enumerate(keys)]
-            panels = [Panel(metric, metric, tuple(line for line in lines if line.runs))]
+            lines = [_curve(stage(key)[1] or named(key), index, groups[0], key) for index, key in enumerate(keys)]
+            panels = [Panel(name, name, tuple(line for line in lines if line.runs))]
         else:
-            panels = [_panel(groups, key, ", ".join(filter(None, (metric, stage(key)[1]))), metric) for key in keys]
+            panels = [_panel(groups, key, ", ".join(filter(None, (name, stage(key)[1]))), name) for key in keys]
         panels = [panel for panel in panels if panel.curves]
         if panels:
-            yield curves(metric, metric, panels, _marks(groups), smooth)
+            yield curves(name, name, panels, _marks(groups), smooth)
 
 
 def _learning_rates(groups: Sequence[Group]) -> Iterator[Picture]:

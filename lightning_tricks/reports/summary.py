@@ -4,9 +4,9 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
-from lightning_tricks.functional.checks import check_numbers
+from lightning_tricks.functional.checks import check_numbers, message
 from lightning_tricks.reports.runs import Run, Series, natural
 
 Mode = Literal["min", "max"]
@@ -59,6 +59,19 @@ def check_band(owner: str, band: tuple[float, float]) -> None:
     """
     condition, fix = "two numbers, 0 < low < high (update / weights)", "(1e-4, 1e-2) is the default"
     check_numbers(owner, "band", band, 2, condition, fix, lambda ends: 0 < ends[0] < ends[1])
+
+
+def check_title(owner: str, title: Any) -> None:
+    """Raise unless a title is text.
+
+    Args:
+        owner: function named in an error.
+        title: of a page.
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(title, str):
+        raise TypeError(message(owner, "title", "a text", title, "'Training report' is the default"))
 
 
 def quantity(key: str) -> str | None:
