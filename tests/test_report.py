@@ -649,7 +649,7 @@ def test_where_no_mean_is_drawn_neither_legend_nor_words_have_one():
     assert {line.get_linestyle() for line in axes.lines} == {"-"}
     assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == ["parts"]
     assert [line.get_linestyle() for line in picture.figure.legends[0].get_lines()] == ["-"]
-    assert "No mean is drawn of parts: they cover no step together." in picture.caption
+    assert "No mean is drawn of parts: the runs cover no step together." in picture.caption
 
 
 def drawn_outside(figure):

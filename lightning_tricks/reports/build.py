@@ -400,7 +400,7 @@ def _runs(groups: Sequence[Group]) -> str:
             steps = [max(series) for series in run.series.values() if series]
             own = ", ".join(text for name, text in seeds(run.settings).items() if "." not in name)
             rows.append([run.name, group.name, own or "-", f"{max(steps, default=0):,}", str(run.path)])
-    return page.table(["run", "group", "seed", "last step", "read from"], rows, "numbers")
+    return page.table(["run", "group", "seed", "last step", "read from"], rows)
 
 
 # ---------------------------------------------------------------------- pictures

@@ -157,7 +157,7 @@ def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
     if panel.band is not None:
         label = "band, {} to {}".format(*map(short, panel.band))
         axes.axhspan(*panel.band, color="#777777", alpha=0.15, linewidth=0, label=label)
-    axes.set_title(wrapped(panel.title, 55, 3), fontsize=10.5, pad=9)
+    axes.set_title(wrapped(panel.title, 52, 3), fontsize=10.5, pad=9)
     axes.set_ylabel(wrapped(panel.unit, 28, 2), fontsize=9)
     axes.grid(alpha=0.25)
     axes.margins(x=0.02)
