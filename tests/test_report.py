@@ -439,6 +439,14 @@ def test_what_is_not_installed_is_named(name, logs, monkeypatch):
         report(logs / "wandb")
 
 
+def test_csv_logs_beside_wandb_runs_are_read_without_wandb(logs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb.proto", None)
+    with pytest.warns(UserWarning, match="Left out: report needs wandb to read"):
+        runs = read_runs("report", logs)
+    assert len(runs) == 4
+    assert sum("pip install" in note for note in runs[0].notes) == 2
+
+
 # ---------------------------------------------------------------------- numbers
 
 

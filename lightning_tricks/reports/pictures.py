@@ -137,19 +137,15 @@ def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
             shown = [value if drawable(value) else math.nan for value in series.values()]
             means = moving_average(shown, width, every)
             averages.append(dict(zip(list(series)[::every], means, strict=True)))
-        label = wrapped(curve.name, 60, 4)
-        if len(averages) > 1:
-            mean = mean_line(averages)
-            for average in averages:
-                (line,) = axes.plot(list(average), list(average.values()), color=curve.colour, alpha=0.4, linewidth=0.7)
-            if not mean:
-                line.set_label(label)
-                apart.append(curve.name)
-                continue
-        else:
-            (mean,) = averages
-        steps, means = list(mean), list(mean.values())
-        axes.plot(steps, means, color=curve.colour, linestyle=curve.line, linewidth=1.8, label=label)
+        for average in averages if len(averages) > 1 else []:
+            axes.plot(list(average), list(average.values()), color=curve.colour, alpha=0.4, linewidth=0.7)
+        mean, label = averages[0] if len(averages) == 1 else mean_line(averages), wrapped(curve.name, 60, 4)
+        if mean:
+            steps, means = list(mean), list(mean.values())
+            axes.plot(steps, means, color=curve.colour, linestyle=curve.line, linewidth=1.8, label=label)
+        else:  # the legend shows a line that is there
+            axes.lines[-1].set_label(label)
+            apart.append(curve.name)
     values = [value for curve in panel.curves for series in curve.runs for value in series.values()]
     finite = [value for value in values if drawable(value)]
     if not panel.linear and finite and min(finite) > 0 and (panel.band or max(finite) > SPREAD * min(finite)):
@@ -202,9 +198,8 @@ def _what_lines_are(panel: Panel, widths: dict[str, int], apart: list[str], lost
         width = next(iter(widths.values()))
         words = [f"Lines are moving averages of {width} points."] if width > 1 else []
     if apart:
-        words.append(
-            f"No mean is drawn of {', '.join(filter(None, apart)) or 'the runs'}: they cover no step together."
-        )
+        of = ", ".join(filter(None, apart))
+        words.append(f"No mean is drawn{of and f' of {of}'}: the runs cover no step together.")
     if longest > POINTS:
         words.append(f"Points are, of up to {longest:,} a run, the lowest and the highest of each stretch.")
     if lost:

@@ -71,20 +71,7 @@ def read_runs(owner: str, runs: Runs) -> list[Run]:
         named = [(None, path) for path in _listed(owner, runs)]
     if not named:
         raise ValueError(message(owner, "runs", "at least one run", runs, WHERE))
-    read: list[Run] = []
-    lost: list[Exception] = []
-    seen: set[tuple[str | None, Path]] = set()
-    for group, path in named:
-        below = []
-        for files in _logs(owner, path):
-            new = [file for file in files if (group, file.resolve()) not in seen]
-            seen |= {(group, file.resolve()) for file in new}
-            try:
-                below += [_read(owner, new, group)] if new else []
-            except (ImportError, ValueError) as error:
-                lost.append(error)
-        # Of two W&B runs of one second the folders say no order.
-        read += sorted(below, key=lambda run: natural(run.name) if run.offline else [])
+    read, lost = _read_all(owner, named)
     if not read:
         raise lost[0]
     notes = _left_out(owner, lost)
@@ -106,6 +93,25 @@ def _listed(owner: str, paths: Any) -> list[Path]:
     if not isinstance(several, Sequence) or not all(isinstance(path, (str, os.PathLike)) for path in several):
         raise TypeError(message(owner, "runs", "a path, several, or a dict of name -> path(s)", paths, WHERE))
     return [Path(path) for path in several]
+
+
+def _read_all(owner: str, named: Sequence[tuple[str | None, Path]]) -> tuple[list[Run], list[Exception]]:
+    """The runs that the paths of each group lead to, each once, and why others cannot be read."""
+    read: list[Run] = []
+    lost: list[Exception] = []
+    seen: set[tuple[str | None, Path]] = set()
+    for group, path in named:
+        below = []
+        for files in _logs(owner, path):
+            new = [file for file in files if (group, file.resolve()) not in seen]
+            seen |= {(group, file.resolve()) for file in new}
+            try:
+                below += [_read(owner, new, group)] if new else []
+            except (ImportError, ValueError) as error:
+                lost.append(error)
+        # Of two W&B runs of one second the folders say no order.
+        read += sorted(below, key=lambda run: natural(run.name) if run.offline else [])
+    return read, lost
 
 
 def _logs(owner: str, path: Path) -> list[list[Path]]:
