@@ -57,7 +57,7 @@ def report(
 ) -> Path:
     """Write what runs logged as one self-contained HTML page, and its pictures as PNG files in a folder beside it.
 
-    The page has tables of the final metrics with their spread over seeds and of the settings by which the runs differ,
+    The page has tables of the final metrics with their spread and of the settings by which the runs differ,
     and pictures: learning curves, learning rate, update ratio (layers by steps, against its band), norms, activation
     statistics, with events (`event/*`) marked on the curves. What was not logged is left out, with a word. It needs no
     server and no network, neither to be written nor to be read. W&B writes a run from another process: of one whose end

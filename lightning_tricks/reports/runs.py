@@ -30,7 +30,7 @@ class Run:
         path: where it was read.
         series: key -> step -> value; a step that was logged twice has the later value.
         settings: the run's hyperparameters, nested as they were logged.
-        group: the name that the user gave to runs that differ by their seed; None without one.
+        group: the name that the user gave to runs that are summed up together; None without one.
         notes: sentences on what was left out.
         offline: whether W&B wrote it.
     """

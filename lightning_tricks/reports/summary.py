@@ -1,4 +1,4 @@
-"""Numbers of the report: which keys mean what, the last and the best value, mean and spread over seeds."""
+"""Numbers of the report: which keys mean what, the last and the best value, mean and spread."""
 
 import math
 import re
