@@ -4,14 +4,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lightning_tricks.functional.checks import message
-from lightning_tricks.reports.groups import flatten
 from lightning_tricks.reports.offline import STEP
 from lightning_tricks.reports.runs import Run, Runs, read_runs
+from lightning_tricks.reports.settings import flatten
 from lightning_tricks.reports.summary import (
     CHAPTERS,
     QUANTITIES,
     by_metric,
     check_band,
+    check_title,
     metric_keys,
     quantity,
     schedule_keys,
@@ -58,7 +59,8 @@ def wandb_report(
     Raises:
         ImportError: wandb-workspaces is not installed.
         RuntimeError: nobody is logged in to W&B, and `save`.
-        TypeError, ValueError: no entity or project, a setting that no run has, a log that cannot be read.
+        TypeError, ValueError: no entity or project, a title that is no text, a setting that no run has, logs of which
+            none can be read.
     Example:
         >>> from lightning_tricks import wandb_report
         >>> wandb_report("no_such_folder", "me", "digits", save=False)  # doctest: +ELLIPSIS
@@ -70,6 +72,7 @@ def wandb_report(
             fix = "It is the part of the project's address, wandb.ai/entity/project"
             raise ValueError(message("wandb_report", name, "a name", value, fix))
     check_band("wandb_report", band)
+    check_title("wandb_report", title)
     read = read_runs("wandb_report", runs)
     settings = {name for run in read for name in flatten(run.settings)}
     if group is not None and group not in settings:

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import suppress
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,10 +35,11 @@ from lightning_tricks.ablations import Ablation, Effect
 from lightning_tricks.ablations.pictures import answer, forest
 from lightning_tricks.reports import report
 from lightning_tricks.reports.build import _learning_rates, as_png, file_name, learning_curves, write_page
-from lightning_tricks.reports.groups import flatten, group_runs
+from lightning_tricks.reports.groups import group_runs
 from lightning_tricks.reports.offline import read_offline
 from lightning_tricks.reports.pictures import Curve, Panel, curves, layers
 from lightning_tricks.reports.runs import Run, read_runs
+from lightning_tricks.reports.settings import flatten
 from lightning_tricks.reports.summary import (
     QUANTITIES,
     best,
@@ -44,6 +47,7 @@ from lightning_tricks.reports.summary import (
     direction,
     last,
     moving_average,
+    quantity,
     stage,
     thin,
     with_spread,
@@ -200,7 +204,7 @@ def test_thousands_of_rows_with_gaps_are_read_as_a_loop_reads_them(tmp_path):
     assert run.series == expected
     assert all(list(series) == sorted(series) for series in run.series.values())
     assert [note.rpartition(": ")[2] for note in run.notes[:1]] == ["2001."]
-    assert "note is left out, since it holds no plain numbers." in run.notes[1]
+    assert "note is left out, since it holds no plain numbers." in run.notes[-1]
 
 
 @pytest.mark.parametrize("first", ["step,loss", "loss,step"])
@@ -228,15 +232,79 @@ def test_of_columns_of_one_name_the_last_is_shown_and_that_is_said(tmp_path):
     assert run.notes == (f"{tmp_path / 'metrics.csv'}: of several columns named loss the last is shown.",)
 
 
-def test_an_empty_log_among_others_is_left_out_and_said(tmp_path):
+def just_begun(kind, folder):
+    """A run as a kill, a full disk or a first second of training leaves it."""
+    folder.mkdir(parents=True)
+    table = folder / "metrics.csv"
+    if kind.startswith("table"):
+        table.write_text({"table of 0 bytes": "", "table with half a header": "epoch,st"}[kind])
+        return table
+    if kind.startswith("W&B"):
+        file = folder / "run-x.wandb"
+        file.write_bytes(b":W&B"[: int(kind.split()[-1])])
+        return file
+    table.write_text("step,loss\n0,1\n")
+    (folder / "hparams.yaml").write_text({"cut settings": "lr: [1,", "settings in themselves": "x: &a [1, *a]\n"}[kind])
+    return folder / "hparams.yaml"
+
+
+KINDS = ["table of 0 bytes", "table with half a header", *(f"W&B file of {size}" for size in range(4))]
+KINDS += ["cut settings", "settings in themselves"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_of_several_runs_that_cannot_be_read_is_left_out_and_said(kind, tmp_path):
     write_log(tmp_path / "a", [{"step": 0, "loss": 1}, {"step": 1, "loss": 2}])
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "metrics.csv").touch()
-    text = text_of(report(tmp_path, tmp_path / "report.html"))
-    assert f"{tmp_path / 'b' / 'metrics.csv'} is empty, and left out." in text.partition("Left out")[2]
-    for alone in (tmp_path / "b", tmp_path / "b" / "metrics.csv", [tmp_path / "a", tmp_path / "b"]):
-        with pytest.raises(ValueError, match=re.escape(f"got '{tmp_path / 'b' / 'metrics.csv'}'. It is empty")):
+    bad = just_begun(kind, tmp_path / "b")
+    for paths in (tmp_path, [tmp_path / "a", tmp_path / "b"]):
+        with pytest.warns(UserWarning, match=re.escape("report: Left out: runs must be")) as caught:
+            text = text_of(report(paths, tmp_path / "report.html"))
+        (warning,) = caught
+        assert f"got '{bad}'" in str(warning.message)
+        assert str(warning.message).removeprefix("report: ") in text.rpartition("Left out ")[2]
+        assert "One run: a." in text
+    for alone in (tmp_path / "b", [tmp_path / "b"]):
+        with pytest.raises(ValueError, match=re.escape(f"got '{bad}'")):
             report(alone)
+
+
+@given(place=st.integers(7, 10**9), bit=st.integers(0, 7))
+def test_a_bit_that_fell_over_in_a_wandb_file_is_an_error_that_names_it(logs, tmp_path_factory, place, bit):
+    """Or it is past what is read: in what fills a block, or in a length, which is then longer than the file."""
+    file = min(logs.rglob("*.wandb"), key=lambda path: path.stat().st_size)
+    data, broken = bytearray(file.read_bytes()), tmp_path_factory.mktemp("broken") / "run-x.wandb"
+    data[place % (len(data) - 7) + 7] ^= 1 << bit
+    broken.write_bytes(data)
+    whole = read_offline("report", file)
+    with suppress(ValueError):
+        part = read_offline("report", broken)
+        assert part.rows == whole.rows[: len(part.rows)]
+        assert part.cut_off
+
+
+def test_a_byte_that_is_another_in_a_wandb_file_is_an_error_that_names_it(logs, tmp_path):
+    """Here in a number of the log, which could be read as well."""
+    file = min(logs.rglob("*.wandb"), key=lambda path: path.stat().st_size)
+    data, broken = bytearray(file.read_bytes()), tmp_path / file.name
+    place = data.index(b"train/loss")
+    data[data.index(b"0.", place) + 3] ^= 1
+    broken.write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(f"got '{broken}'. It is damaged: byte ")):
+        read_offline("report", broken)
+
+
+def test_a_resumed_wandb_run_whose_last_part_has_just_begun_is_still_shown(tmp_path):
+    run = wandb.init(id="same", name="mine", dir=tmp_path, project="tests", mode="offline")
+    run.log({"loss": 1.0, "trainer/global_step": 0})
+    run.finish()
+    written(tmp_path)
+    just_begun("W&B file of 2", tmp_path / "wandb" / "offline-run-99990101_000000-same").rename(
+        tmp_path / "wandb" / "offline-run-99990101_000000-same" / "run-same.wandb"
+    )
+    with pytest.warns(UserWarning, match="files that W&B wrote"):
+        (run,) = read_runs("report", tmp_path)
+    assert run.series == {"loss": {0: 1.0}}
+    assert "99990101" in run.notes[0]
 
 
 def test_settings_with_a_tag_of_the_users_own_are_read_and_said(tmp_path):
@@ -276,6 +344,21 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
         write_log(tmp_path / name / "version_0", [{"step": 0, "loss": 1}])
     assert [run.name for run in read_runs("report", tmp_path)] == ["a/version_0", "b/version_0"]
     assert [run.name for run in read_runs("report", tmp_path / "a")] == ["version_0"]
+
+
+def test_a_link_to_a_log_leads_to_it_and_links_below_a_folder_count_nothing_twice(logs, tmp_path):
+    """W&B makes one called latest-run itself, beside the run."""
+    (tmp_path / "link").symlink_to(logs / "csv")
+    found = read_runs("report", logs / "csv")
+    assert [run.series for run in read_runs("report", tmp_path / "link")] == [run.series for run in found]
+    assert [run.name for run in read_runs("report", tmp_path / "link" / "hot-0")] == ["hot-0"]
+    (latest,) = read_runs("report", logs / "wandb" / "latest-run")
+    assert latest.name == "plain-1"
+    assert len(read_runs("report", logs / "wandb")) == 2
+    (tmp_path / "own" / "run").mkdir(parents=True)
+    (tmp_path / "own" / "run" / "metrics.csv").write_text("step,loss\n0,1\n")
+    (tmp_path / "own" / "best").symlink_to(tmp_path / "own" / "run")
+    assert [run.name for run in read_runs("report", tmp_path / "own")] == ["run"]
 
 
 def damaged(kind, folder):
@@ -334,6 +417,11 @@ def test_a_file_that_cannot_be_read_is_named(kind, tmp_path):
         ({"smooth": 4}, ValueError, "odd"),
         ({"band": (1e-2, 1e-4)}, ValueError, "low < high"),
         ({"modes": {"loss": "down"}}, ValueError, "'min' or 'max'"),
+        ({"modes": "min"}, TypeError, "modes must be a dict of 'min' or 'max' for each metric, got 'min'"),
+        ({"modes": ["min"]}, TypeError, "modes must be a dict"),
+        ({"modes": {"nope": "min"}}, ValueError, "got ['nope']. There are loss."),
+        ({"title": None}, TypeError, "title must be a text, got None"),
+        ({"title": 5}, TypeError, "title must be a text, got 5"),
         ({"group": "arms"}, ValueError, "has arm, lr, seed"),
         ({"output": "."}, ValueError, "output must be a file, got '.'. Give the page's name"),
     ],
@@ -349,6 +437,14 @@ def test_what_is_not_installed_is_named(name, logs, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r'report needs .*pip install "lightning-tricks\[(plots|wandb)\]"'):
         report(logs / "wandb")
+
+
+def test_csv_logs_beside_wandb_runs_are_read_without_wandb(logs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb.proto", None)
+    with pytest.warns(UserWarning, match="Left out: report needs wandb to read"):
+        runs = read_runs("report", logs)
+    assert len(runs) == 4
+    assert sum("pip install" in note for note in runs[0].notes) == 2
 
 
 # ---------------------------------------------------------------------- numbers
@@ -388,6 +484,16 @@ def test_spread_is_mean_and_deviation(values):
     assert mean == pytest.approx(statistics.mean(values), rel=1e-3, abs=0.06 * statistics.stdev(values) + 1e-6)
 
 
+@given(st.lists(st.integers(10**6, 10**6 + 5000), min_size=2, max_size=8, unique=True), st.sampled_from([-12, 0, 12]))
+def test_a_mean_is_written_as_exactly_as_its_spread(numbers, power):
+    values = [number * 10.0**power for number in numbers]
+    mean, deviation = map(Decimal, with_spread(values).split(" ± "))
+    exact = statistics.stdev(map(Decimal, values))
+    place = Decimal(10) ** (exact.adjusted() - 1)  # of its second digit
+    assert abs(deviation - exact) <= place * Decimal("0.501")
+    assert abs(mean - statistics.mean(map(Decimal, values))) <= place * Decimal("0.501")
+
+
 def test_best_and_last():
     series = {0: 3.0, 5: 1.0, 9: math.nan, 12: 1.0, 20: 2.0}
     assert last(series) == 2.0
@@ -409,6 +515,7 @@ def test_what_is_better_is_said_by_the_user_then_the_monitor_then_the_name():
         "min",
     ]
     assert stage("classification/loss") == ("classification/loss", "")
+    assert [quantity(key) for key in ("lr", "lr-SGD", "learning_rate/0", "lr_loss", "lrelu")] == ["lr"] * 3 + [None] * 2
 
 
 # ---------------------------------------------------------------------- groups
@@ -447,6 +554,54 @@ def test_runs_without_settings_are_not_taken_for_seeds(tmp_path):
     assert [group.name for group in group_runs("report", read_runs("report", tmp_path), None)] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        ({"lr": 0.1, "wd": 0.2, "seed": 0}, {"wd": 0.2, "seed": 1, "lr": 0.1}, True),
+        ({"tricks": {"EMA": {"decay": 0.9}, "Mixup": {}}}, {"tricks": {"Mixup": {}, "EMA": {"decay": 0.9}}}, True),
+        ({"seed": 0}, {"seed": 1}, True),
+        ({"lr": 0.1, "seed_everything": 1}, {"lr": 0.1, "seed_everything": 2}, True),
+        ({"lr": 1}, {"lr": 1.0}, True),
+        ({"lr": 0.1}, {"lr": 0.10000001}, False),
+        ({"betas": [0.9, 0.99]}, {"betas": [0.99, 0.9]}, False),
+    ],
+)
+def test_runs_are_together_whose_settings_are_equal_in_any_order(one, other, together):
+    runs = [Run(name, Path(name), {}, settings) for name, settings in (("a", one), ("b", other))]
+    assert len(group_runs("report", runs, None)) == (1 if together else 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "by", "lead", "spread"),
+    [
+        ([{"lr": 1, "seed": n} for n in range(2)], None, "1 group of runs that differ by their seed", "over the seeds"),
+        ([{"lr": 1}, {"lr": 1}], None, "1 group of runs with equal settings:", "over runs with equal settings"),
+        ([{"arm": "a", "lr": n, "seed": 0} for n in range(2)], "arm", "1 group: a", "over the runs of a group"),
+    ],
+)
+def test_a_spread_is_over_seeds_only_where_the_settings_say_so(settings, by, lead, spread, tmp_path):
+    for index, each in enumerate(settings):
+        write_log(tmp_path / f"run{index}", [{"step": step, "val/loss": index + step} for step in range(3)], **each)
+    text = text_of(report(tmp_path, tmp_path / "report.html", group=by))
+    assert f"2 runs in {lead}" in text
+    assert f"{spread} (n - 1)" in text
+    assert ("the seeds" in text, "their seed" in text) == ("seeds" in spread,) * 2
+
+
+def test_a_csv_run_that_was_resumed_is_not_called_two_seeds(tmp_path):
+    for version, first in enumerate((0, 100)):
+        rows = [{"step": step, "val/loss": 10 - step / 20} for step in range(first, first + 90, 10)]
+        write_log(tmp_path / f"version_{version}", rows, lr=0.1, seed=0)
+    text = text_of(report(tmp_path, tmp_path / "report.html"))
+    assert "The steps of version_1 follow those of version_0, and both have the same settings" in text
+    assert "over the seeds" not in text
+    assert "by their seed" not in text
+    write_log(tmp_path / "version_2", [{"step": 200, "val/loss": 1.0}], lr=0.1, seed=1)
+    text = text_of(report(tmp_path, tmp_path / "report.html"))
+    assert text.count("follow those of") == 1
+    assert "over the seeds" not in text
+
+
 def test_settings_are_flattened():
     given = {"a": {"b": {"c": 1e-7}, "d": []}, "e": None, "f": (1, 0.5), "g": {}, "h": True}
     assert flatten(given) == {"a.b.c": "1e-07", "a.d": "none", "e": "none", "f": "1, 0.5", "g": "none", "h": "True"}
@@ -476,6 +631,69 @@ def test_the_smoothed_curve_is_not_only_in_a_ui():
     points = {tuple(point) for collection in axes.collections for point in collection.get_offsets().tolist()}
     assert points == {(step, value) for series in (first, second) for step, value in series.items()}
     assert "moving averages of 5 points" in picture.caption
+
+
+@pytest.mark.parametrize("starts", [(0, 1), (0, 0.5, 0.25)])
+@pytest.mark.parametrize("size", [50, 1500])
+def test_runs_that_were_logged_at_other_steps_have_a_mean(starts, size):
+    """Of straight lines the mean is the straight line between them, wherever their points are."""
+    runs = tuple(
+        {int(100 * (n + start)): index + 3.0 * (n + start) for n in range(size)} for index, start in enumerate(starts)
+    )
+    picture = curves("loss", "loss", [Panel("loss", "loss", (Curve("runs", "#0072B2", "solid", runs),))], [], 1)
+    (mean,) = lines_of(picture.figure.axes[0], "runs")
+    steps = list(mean.get_xdata())
+    offset = statistics.mean(range(len(starts)))
+    assert list(mean.get_ydata()) == pytest.approx([offset + 0.03 * step for step in steps])
+    assert len(steps) > 45
+    assert steps[0] == max(min(run) for run in runs)
+
+
+def test_where_no_mean_is_drawn_neither_legend_nor_words_have_one():
+    runs = tuple({step: float(step) for step in range(first, first + 9)} for first in (0, 100))
+    panel = Panel("loss", "loss", (Curve("parts", "#0072B2", "dashed", runs),))
+    picture = curves("loss", "loss", [panel], [], 1)
+    (axes,) = picture.figure.axes
+    assert {line.get_linestyle() for line in axes.lines} == {"-"}
+    assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == ["parts"]
+    assert [line.get_linestyle() for line in picture.figure.legends[0].get_lines()] == ["-"]
+    assert "No mean is drawn of parts: the runs cover no step together." in picture.caption
+
+
+def drawn_outside(figure):
+    """Titles and names that do not fit on a figure."""
+    figure.draw_without_rendering()
+    texts = [text for legend in figure.legends for text in legend.get_texts()]
+    texts += [text for axes in figure.axes for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
+    boxes = {text.get_text(): text.get_window_extent() for text in [*texts, *figure.texts] if text.get_text()}
+    within = figure.bbox.padded(1)
+    return [text for text, box in boxes.items() if not (within.contains(*box.min) and within.contains(*box.max))]
+
+
+def test_long_names_are_wrapped_and_fit_on_their_pictures(tmp_path):
+    long = "a_very_long_name_" * 12
+    rows = [{"step": step, f"val/{long}": step, "update_ratio/conv": 1e-3} for step in range(3)]
+    groups = {f"{long} {name}": write_log(tmp_path / name, rows) for name in "ab"}
+    groups = group_runs("report", read_runs("report", groups), None)
+    found = [
+        *learning_curves(groups, None),
+        *layers("x", "Update ratio", "ratio", groups, "update_ratio", (1e-4, 1e-2)),
+    ]
+    assert len(found) == 3
+    assert [len(picture.figure.legends) for picture in found] == [1, 0, 0]
+    for picture in found:
+        assert drawn_outside(picture.figure) == []
+
+
+def test_letters_that_the_font_lacks_are_written_as_their_numbers(tmp_path):
+    """Matplotlib would warn, which is an error here, and draw empty boxes."""
+    names = ["損失", "🔥loss", "емкость", "größe", ""]
+    log = write_log(tmp_path / "実験", [{"step": step, **dict.fromkeys(names, step)} for step in range(3)])
+    groups = group_runs("report", read_runs("report", log), None)
+    found = [picture.figure.axes[0].get_title() for picture in learning_curves(groups, None)]
+    assert sorted(found) == sorted(["\\u640d\\u5931", "\\U0001f525loss", "емкость", "größe", "(no name)"])
+    text = text_of(report(log, tmp_path / "report.html"))
+    assert all(name in text for name in ["損失", "🔥loss", "(no name)", "実験"])
 
 
 def test_thousands_of_points_are_thinned_out_and_it_is_said():
@@ -525,6 +743,16 @@ def test_layers_stand_against_the_band_in_the_order_of_their_numbers(tmp_path):
     assert (abs(colours[1:3, 0] - colours[1:3, 2]) < 0.02).all()  # grey within
 
 
+def test_layers_that_are_in_the_middle_of_the_band_are_seen_and_all_columns_are_alike(tmp_path):
+    (picture,) = layers("x", "Ratio", "ratio", measured(tmp_path / "run", ["a"]), "update_ratio", (1e-8, 1e-2))
+    mesh = picture.figure.axes[0].collections[0]
+    assert (mesh.cmap(mesh.norm([1e-5]))[0, :3] < 0.95).all()  # the paper is white
+    edges = mesh.get_coordinates()[0, :, 0]
+    assert edges.tolist() == [step - 0.5 for step in range(51)]
+    (picture,) = layers("x", "Ratio", "ratio", measured(tmp_path / "one", ["a"], 1), "update_ratio", (1e-8, 1e-2))
+    assert picture.figure.axes[0].collections[0].get_coordinates()[0, :, 0].tolist() == [-0.5, 0.5]
+
+
 def test_names_of_thirty_layers_do_not_overlap(tmp_path):
     names = [f"backbone.encoder.blocks.{index}.attention.projection" for index in range(30)]
     groups = measured(tmp_path / "run", names, steps=3)
@@ -549,7 +777,7 @@ def test_zeros_infinities_and_what_is_no_number_have_a_colour(tmp_path):
     array = picture.figure.axes[0].collections[0].get_array().reshape(2, 3)
     assert bool(array.mask[0, 2])
     assert array[0, :2].tolist() == pytest.approx([1e-6, 1.0])
-    assert "Grey: not logged, or not a number." in picture.caption
+    assert "White: not logged, or not a number." in picture.caption
 
 
 @pytest.mark.parametrize(
@@ -702,6 +930,42 @@ def test_a_run_with_little_in_it_still_has_a_report(tmp_path):
     assert list((tmp_path / "out" / "little_pictures").iterdir()) == []
 
 
+def test_a_page_that_is_written_again_leaves_no_pictures_of_the_earlier_one(tmp_path):
+    rows = [{"step": step, "val/loss": step, "val/old": 2 * step} for step in range(3)]
+    before = write_log(tmp_path / "before", rows)
+    after = write_log(tmp_path / "after", [{key: row[key] for key in ("step", "val/loss")} for row in rows])
+    page = report(before, tmp_path / "report.html")
+    folder = page.with_name("report_pictures")
+    assert {path.name for path in folder.iterdir()} == {"loss.png", "old.png"}
+    for name in ("mine.png", "mine.txt"):
+        (folder / name).write_bytes(b"" if name.endswith("png") else b"words")
+    picture, *_ = learning_curves(group_runs("report", read_runs("report", before), None), 1)
+    (folder / "other.png").write_bytes(as_png(picture.figure)[:-1])
+    report(after, page)
+    assert {path.name for path in folder.iterdir()} == {"loss.png", "mine.png", "mine.txt", "other.png"}
+
+
+def test_the_best_group_of_each_metric_is_marked_where_a_direction_is_known(tmp_path):
+    values = {"a": (1.0, 0.5, 3), "b": (0.5, 0.5, 4), "c": (math.nan, 0.5, 5)}
+    for name, (loss, accuracy, score) in values.items():
+        row = {"val/loss": loss, "val/acc": accuracy, "val/score": score, "train/loss": score}
+        write_log(tmp_path / name, [{"step": 0, **row}])
+    source = report(tmp_path, tmp_path / "report.html").read_text()
+    results = source[source.index("<h2>Results") : source.index("<h2>Settings")]
+    cells = re.findall(r"<t[dh](?: [^>]*)?>(.*?)</t[dh]>", results)
+    columns = [
+        "val/acc<small>high is better</small>",
+        "val/loss<small>low is better</small>",
+        "val/score",
+        "train/loss",
+    ]
+    rows = ["a 0.5 1 3 3", "b 0.5 ★_0.5 4 4", "c 0.5 nan 5 5"]
+    assert cells == ["", *columns, *(cell.replace("_", " ") for row in rows for cell in row.split())]
+    assert "★ is the best last value, however small its lead." in results
+    text = text_of(report(tmp_path, tmp_path / "report.html", modes={"val/score": "max"}))
+    assert "★ 5" in text
+
+
 def test_names_are_text_and_not_html_or_mathematics(tmp_path):
     name = "<script>alert(1)</script> & $x_$ _"
     rows = [{"step": step, "val/$a$ <b>": step, "update_ratio/$_$": 1e-3} for step in range(3)]
@@ -730,13 +994,15 @@ def test_a_metric_that_is_nowhere_finite_has_no_empty_picture(tmp_path):
         (lambda step: math.nan, "At some steps or at all not finite: a."),
         (lambda step: 1.0 if step < 3 else math.nan, "steps above the band: a. At some steps or at all not finite: a."),
         (lambda step: 1e-3, "Every layer is in the band"),
+        (lambda step: 1e-6 if step % 2 else 1.0, "For more than half of the steps above the band: a."),
+        (lambda step: (1e-6, 1.0, 1e-3)[step % 3], "more than half of the steps now above and now below the band: a."),
     ],
 )
 def test_what_is_not_finite_is_not_in_the_band(ratio, words, tmp_path):
     rows = [{"step": step, "update_ratio/a": ratio(step)} for step in range(9)]
     text = text_of(report(write_log(tmp_path / "run", rows), tmp_path / "report.html"))
     assert words in text
-    assert ("in the band" in text) == (words == "Every layer is in the band")
+    assert ("is in the band" in text) == (words == "Every layer is in the band")
 
 
 def test_huge_numbers_long_names_and_strange_tricks_have_a_report(tmp_path):
@@ -765,6 +1031,50 @@ def test_wandb_runs_beside_csv_logs_are_not_counted_twice(logs, tmp_path):
     runs = read_runs("report", logs)
     assert len(runs) == 4
     assert "2 W&B run(s)" in runs[0].notes[0]
+
+
+def test_a_wandb_run_without_a_csv_log_of_its_own_is_kept_beside_others(logs, tmp_path):
+    shutil.copytree(logs / "wandb", tmp_path / "wandb", symlinks=True)
+    shutil.copytree(logs / "csv" / "plain-0", tmp_path / "csv" / "plain-0")
+    shutil.copytree(logs / "csv" / "hot-0", tmp_path / "csv" / "hot-0")
+    for paths in (tmp_path, [tmp_path / "csv", tmp_path / "wandb"], [tmp_path / "wandb", tmp_path / "csv"]):
+        runs = read_runs("report", paths)
+        assert {run.name: run.path.parent.name for run in runs} == {
+            "plain-0": "csv",
+            "hot-0": "csv",
+            "plain-1": "wandb",
+        }
+        assert "1 W&B run(s) are left out, since CSV logs have the same numbers: plain-0." in runs[0].notes
+    apart = read_runs("report", {"ours": tmp_path / "csv" / "plain-0", "theirs": tmp_path / "wandb"})
+    assert [run.group for run in apart] == ["ours", "theirs", "theirs"]  # as they were given
+
+
+def test_equal_numbers_of_other_seeds_are_other_trainings(tmp_path):
+    write_log(tmp_path / "csv", [{"step": 0, "val/accuracy": 0.5}], seed=0)
+    for seed in range(2):
+        run = wandb.init(dir=tmp_path, name=f"seed{seed}", project="tests", mode="offline", config={"seed": seed})
+        run.log({"val/accuracy": 0.5, "trainer/global_step": 0})
+        run.finish()
+    assert [run.name for run in read_runs("report", written(tmp_path))] == ["csv", "seed1"]
+
+
+def test_a_run_that_several_paths_lead_to_counts_once(logs):
+    csv_log = logs / "csv" / "hot-0"
+    assert [run.name for run in read_runs("report", [csv_log, logs / "csv", csv_log / "metrics.csv"])] == [
+        *("hot-0", "hot-1", "plain-0", "plain-1")
+    ]
+    assert len(read_runs("report", [logs / "wandb", logs / "wandb" / "latest-run"])) == 2
+    assert len(read_runs("report", {"ours": csv_log, "all": logs / "csv"})) == 5  # as they were given
+
+
+def test_pictures_and_histograms_that_wandb_has_are_no_metrics(tmp_path):
+    with wandb.init(name="media", dir=tmp_path, project="tests", mode="offline") as run:
+        picture = wandb.Image(torch.zeros(4, 4, 3).numpy())
+        run.log({"loss": 1.0, "nested": {"a": 2.0, "picture": picture}, "pictures": [picture] * 2})
+        run.log({"loss": 0.5, "histogram": wandb.Histogram([1, 2, 3])})
+    (run,) = read_runs("report", written(tmp_path))
+    assert run.series == {"loss": {0: 1.0, 1: 0.5}, "nested.a": {0: 2.0}}
+    assert run.notes == ()
 
 
 def test_training_and_validation_of_one_run_are_in_one_picture(logs):

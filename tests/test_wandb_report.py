@@ -132,6 +132,7 @@ def test_without_wandb_workspaces_the_extra_is_named(logs, monkeypatch):
     [
         ({"entity": ""}, ValueError, "entity must be a name"),
         ({"project": None}, ValueError, "project must be a name"),
+        ({"title": None}, TypeError, "wandb_report: title must be a text, got None"),
         ({"group": "arms"}, ValueError, "The runs have arm, seed"),
         ({"runs": "nowhere"}, ValueError, "paths that exist"),
         ({"band": (math.nan, 1)}, ValueError, "low < high"),

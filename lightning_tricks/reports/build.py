@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.reports import page
-from lightning_tricks.reports.groups import Group, differing, flatten, group_runs, is_seed
+from lightning_tricks.reports.groups import Group, group_runs, kinship, resumed
 from lightning_tricks.reports.pictures import HEAT_MAPS, Curve, Panel, Picture, curves, drawable, layers, styles
 from lightning_tricks.reports.runs import Run, Runs, read_runs
+from lightning_tricks.reports.settings import differing, flatten, is_seed, seeds
 from lightning_tricks.reports.summary import (
     CHAPTERS,
     QUANTITIES,
@@ -20,6 +22,7 @@ from lightning_tricks.reports.summary import (
     best,
     by_metric,
     check_band,
+    check_title,
     direction,
     last,
     metric_keys,
@@ -54,7 +57,7 @@ def report(
 ) -> Path:
     """Write what runs logged as one self-contained HTML page, and its pictures as PNG files in a folder beside it.
 
-    The page has tables of the final metrics with their spread over seeds and of the settings by which the runs differ,
+    The page has tables of the final metrics with their spread and of the settings by which the runs differ,
     and pictures: learning curves, learning rate, update ratio (layers by steps, against its band), norms, activation
     statistics, with events (`event/*`) marked on the curves. What was not logged is left out, with a word. It needs no
     server and no network, neither to be written nor to be read. W&B writes a run from another process: of one whose end
@@ -62,7 +65,9 @@ def report(
 
     Args:
         runs: a folder of Lightning's CSVLogger, an offline W&B run, or a folder above many; several in a list; or a
-            dict name -> path(s), where the paths of one name are runs that differ by their seed.
+            dict name -> path(s), where the runs of one name are summed up together. A run that several paths lead to,
+            or that both loggers wrote, counts once; of several runs those that cannot be read are left out, with a
+            warning.
         output: the page to write; the pictures come into the folder `report_pictures` beside `report.html`.
         group: a setting (`arm`, `tricks.EMA.decay`): runs that have the same value are summed up together. None puts
             those together whose settings are equal but for seeds.
@@ -74,14 +79,21 @@ def report(
         The page's path.
     Raises:
         ImportError: matplotlib is not installed, or W&B for a run of its own.
-        TypeError, ValueError: an argument out of range, a path without a log, a log that cannot be read.
+        TypeError, ValueError: an argument out of range, a path without a log, logs of which none can be read.
     Example:
         >>> from lightning_tricks import report
         >>> report("no_such_folder")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ValueError: report: runs must be paths that exist, got 'no_such_folder'. Give a folder of ...
     """
-    return write_page(runs, output, group=group, smooth=smooth, band=band, modes=modes, title=title)
+    path = _check(output, smooth, band, modes, title)
+    read = read_runs("report", runs)
+    metrics = metric_keys(read)
+    unknown = [key for key in modes or {} if key not in metrics]
+    if unknown:
+        fix = f"There are {', '.join(metrics) or 'none'}"
+        raise ValueError(message("report", "modes", "of metrics that a run logged", unknown, fix))
+    return _write(read, path, group, smooth, band, modes or {}, title, [])
 
 
 def write_page(
@@ -101,15 +113,24 @@ def write_page(
         runs, output, group, smooth, band, modes, title: as `report` takes them.
         first: headings, plain text, and what is below them, HTML.
     """
-    _check(smooth, band, modes)
-    path = Path(output)
-    if path.is_dir():
-        raise ValueError(message("report", "output", "a file", str(path), "Give the page's name, as 'report.html'"))
-    read = read_runs("report", runs)
+    path = _check(output, smooth, band, modes, title)
+    return _write(read_runs("report", runs), path, group, smooth, band, modes or {}, title, first)
+
+
+def _write(
+    read: Sequence[Run],
+    path: Path,
+    group: str | None,
+    smooth: int | None,
+    band: tuple[float, float],
+    modes: Mapping[str, Mode],
+    title: str,
+    first: Sequence[tuple[str, str]],
+) -> Path:
     groups = group_runs("report", read, group)
-    modes = modes or {}
     folder = path.with_name(f"{path.stem}_pictures")
     folder.mkdir(parents=True, exist_ok=True)
+    earlier = _embedded(path, folder)
     drawn = {
         "Learning curves": learning_curves(groups, smooth),
         "Learning rate and schedules": _learning_rates(groups),
@@ -141,19 +162,39 @@ def write_page(
     if notes:
         sections.append(("Left out", page.paragraphs(notes)))
     path.write_text(page.page(title, _lead(groups), sections), encoding="utf-8")
+    for picture in earlier:
+        if picture.stem.casefold() not in names:
+            picture.unlink()
     return path
 
 
-def _check(smooth: Any, band: Any, modes: Any) -> None:
+def _embedded(path: Path, folder: Path) -> list[Path]:
+    """Pictures in the folder that the page of an earlier call holds too: no other file is ours."""
+    if not path.exists():
+        return []
+    held = path.read_text(encoding="utf-8", errors="replace")
+    return [picture for picture in folder.glob("*.png") if page.source(picture.read_bytes()) in held]
+
+
+def _check(output: str | PathLike[str], smooth: Any, band: Any, modes: Any, title: Any) -> Path:
+    """Where the page will be, if it can be made of what the user says."""
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(message("report", "output", "a file", str(path), "Give the page's name, as 'report.html'"))
+    check_title("report", title)
     if smooth is not None:
         fix = "A moving average is centred; None takes a round number"
         check_count("report", "smooth", smooth, 1, "logged points", fix)
         if smooth % 2 == 0:
             raise ValueError(message("report", "smooth", "odd (logged points)", smooth, fix))
     check_band("report", band)
+    condition, fix = "'min' or 'max' for each metric", "As {'val/loss': 'min'}; None where names say what is better"
+    if modes is not None and not isinstance(modes, Mapping):
+        raise TypeError(message("report", "modes", f"a dict of {condition}", modes, fix))
     wrong = {key: mode for key, mode in (modes or {}).items() if mode not in ("min", "max")}
     if wrong:
-        raise ValueError(message("report", "modes", "'min' or 'max' for each metric", wrong, "Name what is better"))
+        raise ValueError(message("report", "modes", condition, wrong, fix))
+    return path
 
 
 def _save(picture: Picture, folder: Path, names: set[str]) -> str:
@@ -189,6 +230,11 @@ def file_name(text: str, taken: Container[str] = ()) -> str:
     return f"{name.encode()[:100].decode(errors='ignore')}-{digest}"  # file systems take 255 bytes at most
 
 
+def named(key: str) -> str:
+    """A metric's name, also where it is empty."""
+    return key if key.strip() else "(no name)"
+
+
 def _all(groups: Sequence[Group]) -> list[Run]:
     return [run for group in groups for run in group.runs]
 
@@ -204,7 +250,8 @@ def _lead(groups: Sequence[Group]) -> list[str]:
         return [f"{count} runs."]
     named = ", ".join(f"{group.name} ({len(group.runs)})" for group in groups[:8]) + (", ..." if groups[8:] else "")
     word = "groups" if len(groups) > 1 else "group"
-    return [f"{count} runs in {len(groups)} {word} of runs that differ by their seed: {named}."]
+    alike = {"seeds": " of runs that differ by their seed", "equal settings": " of runs with equal settings"}
+    return [f"{count} runs in {len(groups)} {word}{alike.get(kinship(groups), '')}: {named}."]
 
 
 def _how_to_read(groups: Sequence[Group]) -> str:
@@ -212,7 +259,7 @@ def _how_to_read(groups: Sequence[Group]) -> str:
         "Points are values as logged, at the step they were logged with; lines join them where nothing else is said."
     )
     if any(len(group.runs) > 1 for group in groups):
-        words += " Thin lines are single runs, thick lines the means of a group, as far as all of it trained."
+        words += " Of a group, thin lines are single runs, and a thick one is their mean over the steps that all cover."
     return words
 
 
@@ -241,29 +288,55 @@ def _results(groups: Sequence[Group], modes: Mapping[str, Mode]) -> str:
     keys = metric_keys(runs)
     if not keys:
         return page.paragraphs(["No metric was logged."])
-    known = {key: direction(key, runs, modes) for key in keys}
-    rows = [[group.name, *(_result(group, key, known[key]) for key in keys)] for group in groups]
+    known = {key: direction(key, runs, modes) for key in keys if stage(key)[1] != "training"}  # there it is chance
+    rows = [[group.name, *(_result(group, key, known.get(key)) for key in keys)] for group in groups]
     words = ["Last logged value of each metric; below it the best one and the step it was logged at."]
     if any(len(group.runs) > 1 for group in groups):
-        words[0] += " Mean ± standard deviation over the seeds (n - 1)."
-    unknown = [key for key, mode in known.items() if mode is None and stage(key)[1] != "training"]
+        over = {"seeds": "the seeds", "equal settings": "runs with equal settings"}
+        words[0] += f" Mean ± standard deviation over {over.get(kinship(groups), 'the runs of a group')} (n - 1)."
+    for column, key in enumerate(keys, 1):
+        for index in _leading(groups, key, known.get(key)):
+            rows[index][column] = f"★ {rows[index][column]}"
+    if any(text.startswith("★") for row in rows for text in row[1:]):
+        words[0] += " ★ is the best last value, however small its lead."
+    for one, other in resumed(groups):
+        follow = f"The steps of {other.name} follow those of {one.name}, and both have the same settings"
+        words.append(f"{follow}: they are probably one resumed run, and the spread is not one over trainings.")
+    unknown = [named(key) for key, mode in known.items() if mode is None]
     if unknown:
         which = ", ".join(unknown)
         words.append(f"Whether low or high is better is not known of {which}: say modes={{'{unknown[0]}': 'min'}}.")
-    return page.paragraphs(words, "soft") + page.table(["", *keys], rows, "numbers")
+    better = {"min": "\nlow is better", "max": "\nhigh is better"}
+    head = [named(key) + better.get(known.get(key) or "", "") for key in keys]
+    return page.paragraphs(words, "soft") + page.table(["", *head], rows, "numbers")
+
+
+def _finals(group: Group, key: str) -> list[float]:
+    finals = [last(run.series[key]) for run in group.runs if key in run.series]
+    return [value for value in finals if value is not None]
+
+
+def _leading(groups: Sequence[Group], key: str, mode: Mode | None) -> list[int]:
+    """Places of the groups whose last values are the best in the mean; none where all are equal."""
+    finals = [_finals(group, key) for group in groups]
+    means = [sum(value / len(values) for value in values) if values else math.nan for values in finals]
+    finite = {mean for mean in means if math.isfinite(mean)}
+    if mode is None or len(finite) < 2:
+        return []
+    leader = min(finite) if mode == "min" else max(finite)
+    return [index for index, mean in enumerate(means) if mean == leader]
 
 
 def _result(group: Group, key: str, mode: Mode | None) -> str:
-    logged = [run.series[key] for run in group.runs if run.series.get(key)]
-    finals = [last(series) for series in logged]
-    values = [value for value in finals if value is not None]
+    values = _finals(group, key)
     if not values:
         return "-"
     text = with_spread(values)
     if len(values) < len(group.runs):
         text += f" ({len(values)} of {len(group.runs)} runs)"
-    tops = [found for series in logged if mode is not None and len(series) > 1 and (found := best(series, mode))]
-    if tops and stage(key)[1] != "training":  # of single batches the best is chance
+    logged = [run.series[key] for run in group.runs if len(run.series.get(key, ())) > 1]
+    tops = [found for series in logged if mode is not None and (found := best(series, mode))]
+    if tops:
         steps = sorted(top.step for top in tops)
         where = f"{steps[0]:,}" if steps[0] == steps[-1] else f"{steps[0]:,} to {steps[-1]:,}"
         text += f"\nbest {with_spread([top.value for top in tops])}, step {where}"
@@ -325,11 +398,9 @@ def _runs(groups: Sequence[Group]) -> str:
     for group in groups:
         for run in group.runs:
             steps = [max(series) for series in run.series.values() if series]
-            seeds = {name: text for name, text in flatten(run.settings).items() if is_seed(name) and "." not in name}
-            rows.append(
-                [run.name, group.name, ", ".join(seeds.values()) or "-", f"{max(steps, default=0):,}", str(run.path)]
-            )
-    return page.table(["run", "group", "seed", "last step", "read from"], rows, "numbers")
+            own = ", ".join(text for name, text in seeds(run.settings).items() if "." not in name)
+            rows.append([run.name, group.name, own or "-", f"{max(steps, default=0):,}", str(run.path)])
+    return page.table(["run", "group", "seed", "last step", "read from"], rows)
 
 
 # ---------------------------------------------------------------------- pictures
@@ -338,14 +409,15 @@ def _runs(groups: Sequence[Group]) -> str:
 def learning_curves(groups: Sequence[Group], smooth: int | None) -> Iterator[Picture]:
     """A picture a metric: training above validation; of a single group both in one."""
     for metric, keys in by_metric(_all(groups)).items():
+        name = named(metric)
         if len(groups) == 1:
-            lines = [_curve(stage(key)[1] or key, index, groups[0], key) for index, key in enumerate(keys)]
-            panels = [Panel(metric, metric, tuple(line for line in lines if line.runs))]
+            lines = [_curve(stage(key)[1] or named(key), index, groups[0], key) for index, key in enumerate(keys)]
+            panels = [Panel(name, name, tuple(line for line in lines if line.runs))]
         else:
-            panels = [_panel(groups, key, ", ".join(filter(None, (metric, stage(key)[1]))), metric) for key in keys]
+            panels = [_panel(groups, key, ", ".join(filter(None, (name, stage(key)[1]))), name) for key in keys]
         panels = [panel for panel in panels if panel.curves]
         if panels:
-            yield curves(metric, metric, panels, _marks(groups), smooth)
+            yield curves(name, name, panels, _marks(groups), smooth)
 
 
 def _learning_rates(groups: Sequence[Group]) -> Iterator[Picture]:

@@ -1,19 +1,46 @@
 """Which runs belong together, what they are called, and by what their settings differ."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 from lightning_tricks.functional.checks import message
 from lightning_tricks.reports.runs import Run
+from lightning_tricks.reports.settings import differing, flatten, is_seed
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ by their seed."""
+    """Runs that are summed up together."""
 
     name: str
     runs: tuple[Run, ...]
+
+
+def kinship(groups: Sequence[Group]) -> str:
+    """What the runs of a group have in common: "seeds", "equal settings", or "" where their settings say neither.
+
+    Args:
+        groups: those of one run say nothing.
+    """
+    each = [[flatten(run.settings) for run in group.runs] for group in groups if group.runs[1:]]
+    names = [differing(settings) for settings in each]
+    if resumed(groups) or not all(map(all, each)) or not all(is_seed(name) for found in names for name in found):
+        return ""
+    return "seeds" if all(names) else "" if any(names) else "equal settings"
+
+
+def resumed(groups: Sequence[Group]) -> list[tuple[Run, Run]]:
+    """Runs of a group with equal settings, of which the second begins after the step at which the first ends."""
+    found = []
+    for group in groups:
+        spans = [(run, {step for series in run.series.values() for step in series}) for run in group.runs]
+        ends = [(run, min(steps), max(steps)) for run, steps in spans if steps and run.settings]
+        for (one, _, end), (other, start, _) in permutations(ends, 2):
+            if end < start and flatten(one.settings) == flatten(other.settings):
+                found.append((one, other))
+    return found
 
 
 def group_runs(owner: str, runs: Sequence[Run], by: str | None) -> list[Group]:
@@ -38,7 +65,7 @@ def group_runs(owner: str, runs: Sequence[Run], by: str | None) -> list[Group]:
         elif run.group is not None:
             key = run.group
         else:
-            key = tuple((name, text) for name, text in settings.items() if not is_seed(name)) or index
+            key = frozenset(item for item in settings.items() if not is_seed(item[0])) if settings else index
         together.setdefault(key, []).append(run)
     groups = list(together.values())
     given = by is not None or all(run.group is not None for run in runs)
@@ -62,43 +89,3 @@ def _names(groups: list[list[Run]]) -> list[str]:
     candidates = [speaking, described, tricks, both]
     fitting = (names for names in candidates if len(set(names)) == len(groups) and max(map(len, names)) <= 48)
     return next(fitting, first)
-
-
-def is_seed(name: str) -> bool:
-    """Whether a setting only numbers the repetitions."""
-    last = name.rpartition(".")[2].lower()
-    return last == "seed" or last.endswith("_seed")
-
-
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as names with dots and values as text.
-
-    Args:
-        settings: as they were logged.
-        prefix: what the names begin with.
-    Example:
-        >>> flatten({"lr": 0.1, "tricks": {"EMA": {"decay": 0.999, "keys": ["a", "b"]}}})
-        {'lr': '0.1', 'tricks.EMA.decay': '0.999', 'tricks.EMA.keys': 'a, b'}
-    """
-    flat: dict[str, str] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = _text(value)
-    return flat
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_text, value)) or "none"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "none" if value is None or value == {} else str(value)
-
-
-def differing(settings: Sequence[Mapping[str, str]]) -> list[str]:
-    """Names whose values are not the same everywhere, in the order of their first appearance."""
-    names = dict.fromkeys(name for each in settings for name in each)
-    return [name for name in names if len({each.get(name) for each in settings}) > 1]

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,25 +48,26 @@ def read_offline(owner: str, path: Path) -> OfflineRun:
     name, cut_off = "", True
     rows: list[dict[str, Any]] = []
     settings: dict[str, Any] = {}
-    for payload in _records(data):
-        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
-        try:
+    try:
+        for payload in _records(data):
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
             record.ParseFromString(payload)
-        except Exception as error:  # protobuf's implementations have errors of their own
-            fix = f"It is damaged: {error}. Take its CSV log, or leave it out"
-            raise ValueError(message(owner, "runs", "W&B runs that can be read", str(path), fix)) from error
-        kind = record.WhichOneof("record_type")
-        if kind == "history":
-            rows.append({".".join(key): value for key, value in _items(record.history.item)})
-        elif kind == "run":
-            name = record.run.display_name or name
-            _update(settings, record.run.config)
-        elif kind == "config":
-            _update(settings, record.config)
-        elif kind == "exit":
-            cut_off = False
+            kind = record.WhichOneof("record_type")
+            if kind == "history":
+                rows.append(_row(record.history.item))
+            elif kind == "run":
+                name = record.run.display_name or name
+                _update(settings, record.run.config)
+            elif kind == "config":
+                _update(settings, record.config)
+            elif kind == "exit":
+                cut_off = False
+        on_steps = list(_on_steps(rows))
+    except Exception as error:  # protobuf's implementations have errors of their own
+        fix = f"It is damaged: {error}. Take its CSV log, or leave it out"
+        raise ValueError(message(owner, "runs", "W&B runs that can be read", str(path), fix)) from error
     settings.pop("_wandb", None)
-    return OfflineRun(name, list(_on_steps(rows)), settings, cut_off)
+    return OfflineRun(name, on_steps, settings, cut_off)
 
 
 def _records(data: bytes) -> Iterator[bytes]:
@@ -73,17 +75,27 @@ def _records(data: bytes) -> Iterator[bytes]:
     position, parts = FILE_HEADER, b""
     while position + HEADER <= len(data):
         left = BLOCK - position % BLOCK
-        _, length, kind = struct.unpack_from("<IHB", data, position)
-        if left < HEADER or kind == 0:  # what is left of a block is filled with zeros
+        checksum, length, kind = struct.unpack_from("<IHB", data, position)
+        if left < HEADER or kind == length == 0:  # what is left of a block is filled with zeros
             position += left
             continue
         position += HEADER + length
         if position > len(data):
             return
+        if zlib.crc32(data[position - length - 1 : position]) != checksum:  # of the kind and what follows
+            raise ValueError(f"byte {position - length:,} and those after it are not what was written")
         parts += data[position - length : position]
         if kind in (1, 4):  # a whole record, or the last chunk of one
             yield parts
             parts = b""
+
+
+def _row(items: Any) -> dict[str, Any]:
+    """Names with dots and values, without pictures, histograms and other media: W&B marks them with a `_type`."""
+    found = list(_items(items))
+    media = [keys[:-1] for keys, _ in found if len(keys) > 1 and keys[-1] == "_type"]
+    media += [keys for keys, value in found if isinstance(value, dict) and "_type" in value]
+    return {".".join(keys): value for keys, value in found if not any(keys[: len(each)] == each for each in media)}
 
 
 def _items(items: Any) -> Iterator[tuple[list[str], Any]]:

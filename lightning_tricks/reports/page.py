@@ -31,7 +31,8 @@ th, td { text-align: left; vertical-align: top; padding: 0.28rem 0.9rem 0.28rem 
   border-bottom: 1px solid var(--line); }
 td { max-width: 26rem; overflow-wrap: break-word; }
 .numbers td { white-space: nowrap; }
-thead th { background: var(--tint); white-space: nowrap; }
+thead th { background: var(--tint); max-width: 20rem; overflow-wrap: break-word; }
+thead small { font-weight: 400; }
 tbody th { font-weight: 500; background: var(--paper); max-width: 45vw; overflow-wrap: break-word; }
 th:first-child { position: sticky; left: 0; }
 small { color: var(--soft); display: block; }
@@ -73,11 +74,15 @@ def paragraphs(sentences: Sequence[str], kind: str = "") -> str:
     return "".join(f"<p{marked}>{escape(sentence)}</p>\n" for sentence in sentences)
 
 
+def source(png: bytes) -> str:
+    """The attribute of an image that holds a picture."""
+    return f'src="data:image/png;base64,{b64encode(png).decode()}"'
+
+
 def picture(png: bytes, title: str, caption: str) -> str:
     """A picture inside of the page."""
     width, height = struct.unpack(">II", png[16:24])  # where every PNG has them
-    source = f"data:image/png;base64,{b64encode(png).decode()}"
-    image = f'<img src="{source}" alt="{escape(title)}" width="{width}" height="{height}">'
+    image = f'<img {source(png)} alt="{escape(title)}" width="{width}" height="{height}">'
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f"<figure>{image}{below}</figure>\n"
 
@@ -89,7 +94,7 @@ def pictures(figures: Sequence[str]) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "words") -> str:
     """A table whose first column names the rows; what follows a line break in a cell is small."""
-    top = "".join(f'<th scope="col">{escape(text)}</th>' for text in head)
+    top = "".join(f'<th scope="col">{_cell(text)}</th>' for text in head)
     body = "".join(
         f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{_cell(text)}</td>" for text in rest)}</tr>\n'
         for first, *rest in rows

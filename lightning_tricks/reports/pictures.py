@@ -2,8 +2,11 @@
 
 import math
 import statistics
+import textwrap
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -40,7 +43,7 @@ ROWS = 60
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a picture: one run, or several seeds and their mean."""
+    """A line of a picture: one run, or several and their mean."""
 
     name: str
     colour: str
@@ -107,10 +110,13 @@ def curves(
         _mark(place, events)
     _in_whole_steps(axes[-1])
     handles = {text: handle for place in axes for handle, text in zip(*place.get_legend_handles_labels(), strict=True)}
-    columns = max(1, min(len(handles), 64 // (max(map(len, handles), default=1) + 6)))
+    widest = max((len(line) for text in handles for line in text.splitlines()), default=1)
+    columns = max(1, min(len(handles), 64 // (widest + 6)))
+    below = -(-len(handles) // columns) * max((text.count("\n") + 1 for text in handles), default=0)
+    above = sum(place.get_title().count("\n") for place in axes)
     if handles:
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
-    figure.set_size_inches(5.6, 0.6 + 2.5 * len(panels) + bool(handles) * (0.1 + 0.2 * -(-len(handles) // columns)))
+    figure.set_size_inches(5.6, 0.6 + 2.5 * len(panels) + 0.1 * bool(handles) + 0.2 * below + 0.17 * above)
     if len(set(words)) > 1:
         words = [f"{panel.title}: {text}" for panel, text in zip(panels, words, strict=True) if text]
     return Picture(name, title, figure, " ".join(dict.fromkeys(words)))
@@ -119,6 +125,7 @@ def curves(
 def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
     """Draw one panel, and say what its points and lines are."""
     widths = {}
+    apart: list[str] = []
     for curve in panel.curves:
         longest = max(map(len, curve.runs))
         widths[curve.name] = width = smooth or max(width for width in WIDTHS if width == 1 or 15 * width <= longest)
@@ -132,10 +139,13 @@ def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
             averages.append(dict(zip(list(series)[::every], means, strict=True)))
         for average in averages if len(averages) > 1 else []:
             axes.plot(list(average), list(average.values()), color=curve.colour, alpha=0.4, linewidth=0.7)
-        # A mean over the seeds that are left would jump where one of them ends.
-        common = [step for step in averages[0] if all(step in average for average in averages)]
-        mean = [statistics.fmean(average[step] for average in averages) for step in common]
-        axes.plot(common, mean, color=curve.colour, linestyle=curve.line, linewidth=1.8, label=plain(curve.name))
+        mean, label = averages[0] if len(averages) == 1 else mean_line(averages), wrapped(curve.name, 60, 4)
+        if mean:
+            steps, means = list(mean), list(mean.values())
+            axes.plot(steps, means, color=curve.colour, linestyle=curve.line, linewidth=1.8, label=label)
+        else:  # the legend shows a line that is there
+            axes.lines[-1].set_label(label)
+            apart.append(curve.name)
     values = [value for curve in panel.curves for series in curve.runs for value in series.values()]
     finite = [value for value in values if drawable(value)]
     if not panel.linear and finite and min(finite) > 0 and (panel.band or max(finite) > SPREAD * min(finite)):
@@ -143,14 +153,43 @@ def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
     if panel.band is not None:
         label = "band, {} to {}".format(*map(short, panel.band))
         axes.axhspan(*panel.band, color="#777777", alpha=0.15, linewidth=0, label=label)
-    axes.set_title(plain(panel.title), fontsize=10.5, pad=9)
-    axes.set_ylabel(plain(panel.unit), fontsize=9)
+    axes.set_title(wrapped(panel.title, 52, 3), fontsize=10.5, pad=9)
+    axes.set_ylabel(wrapped(panel.unit, 28, 2), fontsize=9)
     axes.grid(alpha=0.25)
     axes.margins(x=0.02)
-    return _what_lines_are(panel, widths, len(values) - len(finite))
+    return _what_lines_are(panel, widths, apart, len(values) - len(finite))
 
 
-def _what_lines_are(panel: Panel, widths: dict[str, int], lost: int) -> str:
+def mean_line(lines: Sequence[Series]) -> Series:
+    """The mean of several lines at all their steps, over the range that all of them cover; empty where there is none.
+
+    A mean of those that are left would jump where one of them ends.
+
+    Args:
+        lines: step -> value, straight between the steps.
+    Example:
+        >>> mean_line([{0: 0.0, 10: 10.0, 20: 20.0}, {5: 1.0, 15: 3.0}])
+        {5: 3.0, 10: 6.0, 15: 9.0}
+    """
+    steps = [list(line) for line in lines]
+    first, final = max(each[0] for each in steps), min(each[-1] for each in steps)
+    shared = sorted({step for each in steps for step in each if first <= step <= final})
+    shown = shared[:: -(-len(shared) // POINTS) or 1]
+    means = {step: statistics.fmean(map(_between, lines, steps, [step] * len(lines))) for step in shown}
+    return means if any(map(math.isfinite, means.values())) else {}
+
+
+def _between(line: Series, steps: Sequence[int], step: int) -> float:
+    """The value of a line at a step within its range."""
+    if step in line:
+        return line[step]
+    place = bisect_right(steps, step)
+    before, after = steps[place - 1], steps[place]
+    share = (step - before) / (after - before)
+    return (1 - share) * line[before] + share * line[after]
+
+
+def _what_lines_are(panel: Panel, widths: dict[str, int], apart: list[str], lost: int) -> str:
     longest = max(len(series) for curve in panel.curves for series in curve.runs)
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{width} points ({name})" for name, width in widths.items() if width > 1)
@@ -158,6 +197,9 @@ def _what_lines_are(panel: Panel, widths: dict[str, int], lost: int) -> str:
     else:
         width = next(iter(widths.values()))
         words = [f"Lines are moving averages of {width} points."] if width > 1 else []
+    if apart:
+        of = ", ".join(filter(None, apart))
+        words.append(f"No mean is drawn{of and f' of {of}'}: the runs cover no step together.")
     if longest > POINTS:
         words.append(f"Points are, of up to {longest:,} a run, the lowest and the highest of each stretch.")
     if lost:
@@ -184,12 +226,37 @@ def _mark(axes: "Axes", events: Sequence[tuple[str, str, list[int]]]) -> None:
             axes.axvline(step, color=colour, linewidth=0.8, linestyle="dotted", zorder=1)
     for name in names:  # one entry for all colours
         marker = MARKERS[names.index(name) % len(MARKERS)]
-        axes.plot([], [], marker, color="#555555", markersize=6, label=name.replace("_", " "))
+        axes.plot([], [], marker, color="#555555", markersize=6, label=plain(name.replace("_", " ")))
+
+
+def wrapped(text: str, width: int, lines: int) -> str:
+    """Text for a picture, in lines of at most so many characters."""
+    found = [plain(part) for line in text.splitlines() for part in textwrap.wrap(_written(line), width)]
+    return "\n".join(found[:lines]) + "…" * (len(found) > lines)
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib takes for neither mathematics nor a label to hide."""
+    r"""Text that matplotlib takes for neither mathematics nor a label to hide, in letters that its font has.
+
+    Example:
+        >>> plain("損失 in $")
+        '\\u640d\\u5931 in \\$'
+    """
+    text = _written(text)
     return f" {text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
+
+
+def _written(text: str) -> str:
+    known = _letters()
+    return "".join(c if c == "\n" or ord(c) in known else c.encode("unicode_escape").decode() for c in text)
+
+
+@cache
+def _letters() -> frozenset[int]:
+    """What matplotlib's font can write; it draws empty boxes for the rest."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    return frozenset(get_font(findfont(FontProperties())).get_charmap())
 
 
 # ---------------------------------------------------------------------- layers by steps
@@ -203,7 +270,7 @@ def layers(
     quantity: str,
     band: tuple[float, float] | None = None,
 ) -> Iterator[Picture]:
-    """A picture a group: a row a layer, a column a step, the median over the seeds as colour, on one scale for all.
+    """A picture a group: a row a layer, a column a step, the median over the runs as colour, on one scale for all.
 
     Args:
         name: of the file, before the group's.
@@ -211,7 +278,7 @@ def layers(
         unit: of the colours.
         groups: runs of which the medians are taken; one without such layers has no picture.
         quantity: prefix of the keys.
-        band: what lies in between is pale; the colours are then of both sides.
+        band: what lies in between is grey; the colours are then of both sides.
     """
     found = {group.name: _by_layer(group, quantity) for group in groups}
     values = [value for median in found.values() for series in median.values() for value in series.values()]
@@ -243,11 +310,14 @@ def _heat_map(
     heat = [[_within(value, norm) for value in row] for row in values]
     seen = {value for row in values for value in row if not math.isnan(value)}
     extend = "both" if any(_within(value, norm) != value for value in seen) else "neither"
-    figure = new_figure("report", (5.6, 1.8 + 0.17 * min(max(len(names), 3), ROWS)))
+    heading = wrapped(title, 60, 5)
+    rows = min(max(len(names), 3), ROWS) + heading.count("\n")
+    figure = new_figure("report", (5.6, 1.8 + 0.17 * rows))
     axes = figure.add_subplot()
-    edges = [shown[0], *((a + b) / 2 for a, b in pairwise(shown)), shown[-1] + 1]
+    middles = [(a + b) / 2 for a, b in pairwise(shown)] or [shown[0] - 0.5, shown[0] + 0.5]
+    edges = [2 * shown[0] - middles[0], *middles, 2 * shown[-1] - middles[-1]] if len(shown) > 1 else middles
     mesh = axes.pcolormesh(
-        edges, range(len(names) + 1), heat, cmap=colours.with_extremes(bad="#bbbbbb"), norm=norm, rasterized=True
+        edges, range(len(names) + 1), heat, cmap=colours.with_extremes(bad="#ffffff"), norm=norm, rasterized=True
     )
     axes.invert_yaxis()
     labelled = range(0, len(names), -(-len(names) // ROWS))
@@ -255,10 +325,10 @@ def _heat_map(
     axes.set_yticks([index + 0.5 for index in labelled], texts, fontsize=7.5)
     axes.tick_params(axis="y", length=0)
     _in_whole_steps(axes)
-    figure.suptitle(plain(title), fontsize=10.5)
+    figure.suptitle(heading, fontsize=10.5)
     bar = figure.colorbar(mesh, ax=axes, location="bottom", aspect=40, label=unit, pad=0.02, extend=extend)
     bar.ax.xaxis.set_minor_formatter(NullFormatter())
-    words = ["Grey: not logged, or not a number."] if any(math.isnan(value) for row in heat for value in row) else []
+    words = ["White: not logged, or not a number."] if any(math.isnan(value) for row in heat for value in row) else []
     if every > 1:
         words.append(f"One in {every} of {len(steps):,} logged steps is shown.")
     if labelled.step > 1:
@@ -290,14 +360,17 @@ def _median(runs: Sequence[Run], key: str) -> Series:
 def _verdict(median: dict[str, Series], band: tuple[float, float]) -> str:
     """Layers that are outside of the band for most of the time, and those that are not finite, in words."""
     finite = {name: [value for value in series.values() if math.isfinite(value)] for name, series in median.items()}
-    said, words = [], []
-    for word, outside in (("above", lambda v: v > band[1]), ("below", lambda v: v < band[0])):
-        found = [name for name, values in finite.items() if 2 * sum(map(outside, values)) > len(values)]
-        if found:
-            said.append(f"{word} the band: {_some(found)}")
+    turns = "now above and now below"
+    said: dict[str, list[str]] = {"above": [], "below": [], turns: []}
+    words = []
+    for name, values in finite.items():
+        above, below = sum(value > band[1] for value in values), sum(value < band[0] for value in values)
+        if 2 * (above + below) > len(values):
+            said["above" if 2 * above > len(values) else "below" if 2 * below > len(values) else turns].append(name)
     lost = [name for name, values in finite.items() if len(values) < len(median[name])]
-    if said:
-        words.append(f"For more than half of the steps {'; '.join(said)}.")
+    outside = "; ".join(f"{word} the band: {_some(found)}" for word, found in said.items() if found)
+    if outside:
+        words.append(f"For more than half of the steps {outside}.")
     elif any(finite.values()):
         which = "Every layer is" if all(finite.values()) else "Every layer that is finite is"
         words.append(f"{which} in the band for half of the steps or more.")
@@ -318,13 +391,13 @@ def _within(value: float, norm: "Normalize") -> float:
 
 
 def _banded(band: tuple[float, float]) -> "tuple[Colormap, Normalize]":
-    """Blue below the band, pale within, orange above, on a scale of logarithms."""
+    """Blue below the band, grey within, orange above, on a scale of logarithms."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
     low, high = math.log10(band[0]) - 2, math.log10(band[1]) + 2
     below, above = (math.log10(band[0]) - low) / (high - low), (math.log10(band[1]) - low) / (high - low)
-    stops = [(0.0, "#053061"), (below, "#6baed6"), (below, "#d9d9d9"), ((below + above) / 2, "#ffffff")]
-    stops += [(above, "#d9d9d9"), (above, "#fdae61"), (1.0, "#a63603")]
+    stops = [(0.0, "#053061"), (below, "#6baed6"), (below, "#c4c4c4"), ((below + above) / 2, "#e6e6e6")]
+    stops += [(above, "#c4c4c4"), (above, "#fdae61"), (1.0, "#a63603")]
     return LinearSegmentedColormap.from_list("band", stops), LogNorm(10**low, 10**high)
 
 

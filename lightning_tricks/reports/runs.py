@@ -1,24 +1,23 @@
 """What a run logged: found on disk and read, the same whoever wrote it."""
 
-import csv
+import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress, islice
+from itertools import compress
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
-
 from lightning_tricks.functional.checks import message
 from lightning_tricks.reports.offline import FILES, read_offline
+from lightning_tricks.reports.settings import seeds
+from lightning_tricks.reports.tables import read_table
 
 Series: TypeAlias = Mapping[int, float]
 """Step -> value, in the order of the steps."""
 Runs: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Any]"
-ROWS = 1000
-"""Rows of a table that are turned to columns at a time."""
 WHERE = "Give a folder of Lightning's CSVLogger (metrics.csv), an offline W&B run (offline-run-*), or one above them"
 
 
@@ -31,8 +30,9 @@ class Run:
         path: where it was read.
         series: key -> step -> value; a step that was logged twice has the later value.
         settings: the run's hyperparameters, nested as they were logged.
-        group: the name that the user gave to runs that differ by their seed; None without one.
+        group: the name that the user gave to runs that are summed up together; None without one.
         notes: sentences on what was left out.
+        offline: whether W&B wrote it.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Run:
     settings: Mapping[str, Any]
     group: str | None = None
     notes: tuple[str, ...] = ()
+    offline: bool = False
 
     @property
     def tricks(self) -> Mapping[str, Any]:
@@ -52,13 +53,16 @@ class Run:
 def read_runs(owner: str, runs: Runs) -> list[Run]:
     """Every run that the paths lead to, with names that tell them apart.
 
+    A run counts once: if several paths lead to it, and if CSVLogger and W&B both logged it. Of several runs those that
+    cannot be read are left out, with a warning.
+
     Args:
         owner: function named in an error.
         runs: a path, several, or names of groups with a path or several each.
     Raises:
         TypeError: what is no path.
-        ValueError: a path without a log, and a log that cannot be read.
-        ImportError: a W&B run, without W&B.
+        ValueError: a path without a log, and logs of which none can be read.
+        ImportError: W&B runs alone, without W&B.
     """
     named: list[tuple[str | None, Path]]
     if isinstance(runs, Mapping):
@@ -67,8 +71,16 @@ def read_runs(owner: str, runs: Runs) -> list[Run]:
         named = [(None, path) for path in _listed(owner, runs)]
     if not named:
         raise ValueError(message(owner, "runs", "at least one run", runs, WHERE))
-    read = [run for group, path in named for run in _read_below(owner, path, group)]
-    return _told_apart(read)
+    read, lost = _read_all(owner, named)
+    if not read:
+        raise lost[0]
+    notes = _left_out(owner, lost)
+    twice = [any(_same_training(run, other) for other in read) for run in read]
+    if any(twice):
+        names = ", ".join(run.name for run in compress(read, twice))
+        notes.append(f"{sum(twice)} W&B run(s) are left out, since CSV logs have the same numbers: {names}.")
+    first, *others = _told_apart([run for run, other in zip(read, twice, strict=True) if not other])
+    return [replace(first, notes=(*first.notes, *notes)), *others]
 
 
 def natural(text: str) -> list[tuple[int, int, str]]:
@@ -83,35 +95,104 @@ def _listed(owner: str, paths: Any) -> list[Path]:
     return [Path(path) for path in several]
 
 
-def _read_below(owner: str, path: Path, group: str | None) -> list[Run]:
+def _read_all(owner: str, named: Sequence[tuple[str | None, Path]]) -> tuple[list[Run], list[Exception]]:
+    """The runs that the paths of each group lead to, each once, and why others cannot be read."""
+    read: list[Run] = []
+    lost: list[Exception] = []
+    seen: set[tuple[str | None, Path]] = set()
+    for group, path in named:
+        below = []
+        for files in _logs(owner, path):
+            new = [file for file in files if (group, file.resolve()) not in seen]
+            seen |= {(group, file.resolve()) for file in new}
+            try:
+                below += [_read(owner, new, group)] if new else []
+            except (ImportError, ValueError) as error:
+                lost.append(error)
+        # Of two W&B runs of one second the folders say no order.
+        read += sorted(below, key=lambda run: natural(run.name) if run.offline else [])
+    return read, lost
+
+
+def _logs(owner: str, path: Path) -> list[list[Path]]:
+    """The files of each run that a path leads to: CSV logs, then W&B runs."""
     if not path.exists():
         raise ValueError(message(owner, "runs", "paths that exist", str(path), WHERE))
     if path.is_file():
-        return [_read_offline(owner, [path], group) if path.match(FILES) else _read_csv(owner, path, group)]
-    logs = _below(path, "metrics.csv")
-    offline = _below(path, FILES)
-    if logs:
-        full = [log for log in logs if log.stat().st_size]
-        runs = [_read_csv(owner, log, group) for log in full or logs[:1]]
-        words = [f"{log} is empty, and left out." for log in logs if log not in full]
-        if offline:
-            words.append(
-                f"{len(offline)} W&B run(s) below {path} are left out, since CSV logs are there too: give their folder."
-            )
-        return [replace(runs[0], notes=(*runs[0].notes, *words)), *runs[1:]]
-    if not offline:
-        raise ValueError(message(owner, "runs", "folders with a log", str(path), WHERE))
-    # A resumed run has a folder for each of its parts; the id, which both names end with, is the same.
+        return [[path]]
+    # A resumed W&B run has a folder for each of its parts; the id, which both names end with, is the same.
     parts: dict[str, list[Path]] = {}
-    for file in offline:
+    for file in _below(path, FILES):
         parts.setdefault(file.stem, []).append(file)
-    read = [_read_offline(owner, files, group) for files in parts.values()]
-    return sorted(read, key=lambda run: natural(run.name))  # of two runs of one second the folders say no order
+    found = [[table] for table in _below(path, "metrics.csv")] + list(parts.values())
+    if not found:
+        raise ValueError(message(owner, "runs", "folders with a log", str(path), WHERE))
+    return found
 
 
 def _below(folder: Path, pattern: str) -> list[Path]:
-    found = {path.resolve(): path for path in folder.rglob(pattern) if not any(p.is_symlink() for p in path.parents)}
+    # Links below the folder are not followed: W&B's latest-run would be there twice.
+    found = {path.resolve(): path for path in folder.rglob(pattern)}
     return sorted(found.values(), key=lambda path: natural(str(path)))
+
+
+def _read(owner: str, files: Sequence[Path], group: str | None) -> Run:
+    path = files[0]
+    if path.match(FILES):
+        return _read_offline(owner, files, group)
+    table = read_table(owner, path)
+    series, words = _numbers(table.columns)
+    notes = (*table.notes, *(f"{path}: {word}" for word in words))
+    return Run(path.parent.absolute().name, path.parent, series, table.settings, group, notes)
+
+
+def _read_offline(owner: str, files: Sequence[Path], group: str | None) -> Run:
+    parts, lost = [], []
+    for file in files:
+        try:
+            parts.append((file, read_offline(owner, file)))
+        except ValueError as error:
+            lost.append(error)
+    if not parts:
+        raise lost[0]
+    notes = _left_out(owner, lost)
+    for file, part in parts:
+        if part.cut_off:
+            notes.append(f"{file}: the run is not finished or was killed; what it had written by then is shown.")
+    series, words = in_steps([row for _, part in parts for row in part.rows])
+    notes += [f"{files[0]}: {word}" for word in words]
+    name = next((part.name for _, part in reversed(parts) if part.name), files[0].stem)
+    settings = {key: value for _, part in parts for key, value in part.settings.items()}
+    return Run(name, parts[-1][0].parent, series, settings, group, tuple(notes), offline=True)
+
+
+def _left_out(owner: str, errors: Sequence[Exception]) -> list[str]:
+    """A sentence on each log that could not be read, which a warning says too."""
+    notes = [f"Left out: {str(error).removeprefix(f'{owner}: ')}" for error in errors]
+    if notes:
+        warnings.warn("\n".join(f"{owner}: {note}" for note in notes), stacklevel=5)
+    return notes
+
+
+def _same_training(run: Run, other: Run) -> bool:
+    """Whether a W&B run and a CSV log are of one training: all values that both have are equal, and there are some.
+
+    Both write numbers in full. Settings that name different seeds are of different trainings, whatever was logged.
+    """
+    if not run.offline or other.offline or run.group != other.group:
+        return False
+    known = seeds(other.settings)
+    if any(known.get(name, value) != value for name, value in seeds(run.settings).items()):
+        return False
+    keys = sorted(run.series.keys() & other.series.keys(), key=lambda key: len(run.series[key]))  # the quick ones first
+    found = False
+    for key in keys:
+        ours, theirs = run.series[key], other.series[key]
+        for step in ours.keys() & theirs.keys():
+            if ours[step] != theirs[step] and not (math.isnan(ours[step]) and math.isnan(theirs[step])):
+                return False
+            found = True
+    return found
 
 
 def _told_apart(runs: list[Run]) -> list[Run]:
@@ -119,143 +200,6 @@ def _told_apart(runs: list[Run]) -> list[Run]:
     names = [run.name for run in runs]
     above = os.path.commonpath([run.path.absolute() for run in runs])
     return [replace(run, name=os.path.relpath(run.path, above)) if names.count(run.name) > 1 else run for run in runs]
-
-
-# ---------------------------------------------------------------------- CSV
-
-
-def _read_csv(owner: str, path: Path, group: str | None) -> Run:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # with the mark that spreadsheets write
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(message(owner, "runs", "files that can be read", str(path), f"{error}")) from error
-    if not text:
-        fix = "It is empty: nothing was logged, or nothing yet"
-        raise ValueError(message(owner, "runs", "logs that hold something", str(path), fix))
-    notes = []
-    lines = text.splitlines()
-    if len(lines) > 1 and not text.endswith("\n"):
-        lines.pop()
-        notes.append(f"{path}: its last row was cut off, and is left out.")
-    columns, lost, twice = _csv_columns(owner, path, lines)
-    if lost:
-        shown = ", ".join(map(str, lost[:10])) + (", ..." if lost[10:] else "")
-        notes.append(f"{path}: {len(lost)} damaged line(s) are left out: {shown}.")
-    series, words = _numbers(columns)
-    notes += [f"{path}: {word}" for word in words]
-    notes += [f"{path}: of several columns named {key} the last is shown." for key in twice]
-    settings, note = _hparams(owner, path.parent)
-    return Run(path.parent.absolute().name, path.parent, series, settings, group, (*notes, *note))
-
-
-def _csv_columns(
-    owner: str, path: Path, lines: list[str]
-) -> tuple[dict[str, Iterable[tuple[int, str]]], list[int], list[str]]:
-    """Steps with their texts for each key, the numbers of the lines that are none, and keys of several columns."""
-    # What a machine that lost power leaves; csv of Python 3.10 stops at it.
-    reader = csv.reader(["damaged" if "\0" in line else line for line in lines])
-    steps: list[int] = []
-    lost = []
-    try:
-        head = next(reader, [])
-        if "step" not in head:
-            fix = "That is how Lightning's CSVLogger writes it"
-            raise ValueError(message(owner, "runs", "logs with a column 'step'", str(path), fix))
-        columns: list[list[str]] = [[] for _ in head]
-        rows = ((reader.line_num, row) for row in reader if row)
-        while some := list(islice(rows, ROWS)):  # turned while they are near: a million rows at once take seconds
-            kept = []
-            for line, row in some:
-                step = _step(row[head.index("step")]) if len(row) == len(head) else None
-                if step is None:
-                    lost.append(line)
-                else:
-                    steps.append(step)
-                    kept.append(row)
-            for column, texts in zip(columns, zip(*kept, strict=True), strict=False):
-                column.extend(texts)
-    except csv.Error as error:
-        where = f"{path}, line {reader.line_num}"
-        raise ValueError(message(owner, "runs", "tables that can be read", where, f"{error}")) from error
-    if lost and not steps:
-        where = f"{path}, line {lost[0]}"
-        fix = "It was damaged, or written by another program"
-        raise ValueError(message(owner, "runs", "tables with a step and one value a column", where, fix))
-    named = {key: texts for key, texts in zip(head, columns, strict=True) if key not in ("step", "epoch")}
-    cells: dict[str, Iterable[tuple[int, str]]]
-    cells = {key: zip(compress(steps, texts), filter(None, texts), strict=True) for key, texts in named.items()}
-    return cells, lost, [key for key in dict.fromkeys(head) if head.count(key) > 1]
-
-
-def _step(text: str) -> int | None:
-    """A step; None of what is none. Beyond 2**53 neighbours are the same as numbers of a picture."""
-    try:
-        step = int(float(text))
-    except (OverflowError, ValueError):
-        return None
-    return step if abs(step) <= 2**53 else None
-
-
-class _Plain(yaml.SafeLoader):
-    """Reads the objects of Python that Lightning may have written as what they hold, and makes none."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.unknown: list[str] = []
-
-
-def _as_plain(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return loader.construct_mapping(node, deep=True)
-    if isinstance(node, yaml.SequenceNode):
-        return loader.construct_sequence(node, deep=True)
-    return node.value or suffix.partition(":")[2]
-
-
-def _as_unknown(loader: _Plain, tag: str, node: yaml.Node) -> Any:
-    loader.unknown.append(tag)
-    return _as_plain(loader, tag, node)
-
-
-_Plain.add_multi_constructor("tag:yaml.org,2002:python/", _as_plain)
-_Plain.add_multi_constructor(None, _as_unknown)
-
-
-def _hparams(owner: str, folder: Path) -> tuple[Mapping[str, Any], list[str]]:
-    """The settings, and what is to be said of them."""
-    path = folder / "hparams.yaml"
-    if not path.exists():
-        return {}, []
-    try:
-        loader = _Plain(path.read_text(encoding="utf-8"))
-        settings = loader.get_single_data()
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        fix = f"{error}. Repair or remove it".replace("\n", " ")
-        raise ValueError(message(owner, "runs", "settings that YAML can read", str(path), fix)) from error
-    tags = ", ".join(dict.fromkeys(loader.unknown))
-    notes = [f"{path}: of values with the unknown tag {tags} what they hold is shown."] if tags else []
-    return settings if isinstance(settings, dict) else {}, notes
-
-
-# ---------------------------------------------------------------------- W&B
-
-
-def _read_offline(owner: str, files: list[Path], group: str | None) -> Run:
-    rows: list[tuple[int, Mapping[str, Any]]] = []
-    settings: dict[str, Any] = {}
-    notes = []
-    name = files[0].stem
-    for file in files:
-        part = read_offline(owner, file)
-        rows += part.rows
-        settings |= part.settings
-        name = part.name or name
-        if part.cut_off:
-            notes.append(f"{file}: the run is not finished or was killed; what it had written by then is shown.")
-    series, words = in_steps(rows)
-    notes += [f"{files[0]}: {word}" for word in words]
-    return Run(name, files[-1].parent, series, settings, group, tuple(notes))
 
 
 def in_steps(rows: Sequence[tuple[int, Mapping[str, Any]]]) -> tuple[dict[str, Series], list[str]]:

@@ -1,12 +1,12 @@
-"""Numbers of the report: which keys mean what, the last and the best value, mean and spread over seeds."""
+"""Numbers of the report: which keys mean what, the last and the best value, mean and spread."""
 
 import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
-from lightning_tricks.functional.checks import check_numbers
+from lightning_tricks.functional.checks import check_numbers, message
 from lightning_tricks.reports.runs import Run, Series, natural
 
 Mode = Literal["min", "max"]
@@ -61,12 +61,25 @@ def check_band(owner: str, band: tuple[float, float]) -> None:
     check_numbers(owner, "band", band, 2, condition, fix, lambda ends: 0 < ends[0] < ends[1])
 
 
+def check_title(owner: str, title: Any) -> None:
+    """Raise unless a title is text.
+
+    Args:
+        owner: function named in an error.
+        title: of a page.
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(title, str):
+        raise TypeError(message(owner, "title", "a text", title, "'Training report' is the default"))
+
+
 def quantity(key: str) -> str | None:
     """The quantity of a monitor's key, `event` of an event, `lr` of a learning rate; None of a metric."""
     first, _, rest = key.partition("/")
     if rest and (first in QUANTITIES or first == "event"):
         return first
-    return "lr" if re.match(r"(lr|learning_rate)([-_/]|$)", key) else None
+    return "lr" if re.match(r"(lr|learning_rate)([-_/]|$)", key) and not _words(key) & (FALLING | RISING) else None
 
 
 def schedule_keys(runs: Sequence[Run]) -> list[str]:
@@ -118,8 +131,12 @@ def direction(key: str, runs: Iterable[Run], modes: Mapping[str, Mode]) -> Mode 
             mode = settings.get("mode") if isinstance(settings, Mapping) and settings.get("monitor") == key else None
             if mode in ("min", "max"):
                 return cast(Mode, mode)
-    words = set(re.split(r"[^a-z0-9]+", key.lower()))
+    words = _words(key)
     return "min" if words & FALLING else "max" if words & RISING else None
+
+
+def _words(key: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", key.lower()))
 
 
 def last(series: Series) -> float | None:
@@ -186,19 +203,21 @@ def with_spread(values: Sequence[float]) -> str:
     Example:
         >>> with_spread([0.9712, 0.9653, 0.9687]), with_spread([0.5]), with_spread([2.0, 2.0])
         ('0.9684 ± 0.0030', '0.5', '2 ± 0')
+        >>> with_spread([1234567, 1234267, 1234400])
+        '1234410 ± 150'
     """
     if len(values) == 1 or not all(map(math.isfinite, values)):
         return ", ".join(map(short, values))
     try:
         mean, deviation = statistics.fmean(values), statistics.stdev(values)
+        if deviation == 0:
+            return f"{short(mean)} ± 0"
+        decimals = 1 - math.floor(math.log10(deviation))
+        mean, deviation = round(mean, decimals), round(deviation, decimals)
     except OverflowError:  # of numbers around 1e308
         return ", ".join(map(short, values))
-    if deviation == 0:
-        return f"{short(mean)} ± 0"
-    decimals = 1 - math.floor(math.log10(deviation))
-    if not 0 <= decimals <= 6:
-        return f"{short(mean)} ± {deviation:.2g}"
-    return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
+    style = f".{decimals}f" if 0 <= decimals <= 6 else ".15g"
+    return f"{mean:{style}} ± {deviation:{style}}"
 
 
 def short(value: float) -> str:
