@@ -31,10 +31,14 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     Example:
         >>> flatten({"lr": 0.1, "tricks": {"EMA": {"decay": 0.999, "keys": ["a", "b"]}}})
         {'lr': '0.1', 'tricks.EMA.decay': '0.999', 'tricks.EMA.keys': 'a, b'}
+        >>> flatten({"lr": 0.1, "_instantiator": "lightning.pytorch.cli.instantiate_module"})
+        {'lr': '0.1'}
     """
     flat: dict[str, str] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
+        if key == "_instantiator":  # how Lightning's command line would make the module again
+            continue
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{name}.")
         else:
