@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -15,6 +15,7 @@ from lightning_tricks.callbacks.shards import hold_parts, split_as
 from lightning_tricks.callbacks.steps import LIGHTNINGS_AVERAGES, refuse_sharded, state_without_module
 from lightning_tricks.callbacks.weights import named_weights
 from lightning_tricks.functional.checks import message
+from lightning_tricks.functional.metric_names import doubt
 from lightning_tricks.functional.slots import weight_slots
 from lightning_tricks.functional.stopping import Patience, PatienceState, Stop
 from lightning_tricks.loggers import log_scalars, log_settings
@@ -107,6 +108,8 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
             check_on_train_epoch_end,
             log_rank_zero_only,
         )
+        if odd := doubt("EarlyStopping", monitor, mode):
+            rank_zero_warn(odd)
         self.ignore_first = ignore_first
         self.restore_best = restore_best
         self.checks = 0

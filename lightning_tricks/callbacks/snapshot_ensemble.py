@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_tricks.callbacks.ema import EMA
@@ -29,6 +29,7 @@ from lightning_tricks.callbacks.steps import refuse_sharded
 from lightning_tricks.ensembles import FORMAT, read_manifest
 from lightning_tricks.functional.checks import check_count, message
 from lightning_tricks.functional.ensembling import ends_of_cycles
+from lightning_tricks.functional.metric_names import doubt
 from lightning_tricks.functional.schedules import CosineRestarts, Duration, Schedule, check_duration, describe
 
 KEY = "snapshots"
@@ -61,6 +62,8 @@ class KeepBest:
         check_count("KeepBest", "count", self.count, 1, "snapshots", "keep=None keeps all")
         if self.mode not in ("min", "max"):
             raise ValueError(message("KeepBest", "mode", "'min' or 'max'", self.mode, "'min' suits a loss"))
+        if odd := doubt("KeepBest", self.monitor, self.mode):
+            rank_zero_warn(odd)
 
 
 class SnapshotEnsemble(LRSchedule):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 from lightning_tricks.functional.checks import check_numbers, message
+from lightning_tricks.functional.metric_names import better
 from lightning_tricks.reports.runs import Run, Series, natural
 
 Mode = Literal["min", "max"]
@@ -37,8 +38,6 @@ CHAPTERS = {
 }
 
 STAGES = {"train": "training", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
-FALLING = set("loss error err nll mse rmse mae perplexity ppl brier ece bpc wer cer".split())
-RISING = set("accuracy acc top1 top5 f1 auc auroc precision recall iou miou map bleu dice r2 psnr ssim rouge".split())
 
 
 class Best(NamedTuple):
@@ -79,7 +78,7 @@ def quantity(key: str) -> str | None:
     first, _, rest = key.partition("/")
     if rest and (first in QUANTITIES or first == "event"):
         return first
-    return "lr" if re.match(r"(lr|learning_rate)([-_/]|$)", key) and not _words(key) & (FALLING | RISING) else None
+    return "lr" if re.match(r"(lr|learning_rate)([-_/]|$)", key) and better(key) is None else None
 
 
 def schedule_keys(runs: Sequence[Run]) -> list[str]:
@@ -131,12 +130,7 @@ def direction(key: str, runs: Iterable[Run], modes: Mapping[str, Mode]) -> Mode 
             mode = settings.get("mode") if isinstance(settings, Mapping) and settings.get("monitor") == key else None
             if mode in ("min", "max"):
                 return cast(Mode, mode)
-    words = _words(key)
-    return "min" if words & FALLING else "max" if words & RISING else None
-
-
-def _words(key: str) -> set[str]:
-    return set(re.split(r"[^a-z0-9]+", key.lower()))
+    return better(key)
 
 
 def last(series: Series) -> float | None:

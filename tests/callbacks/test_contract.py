@@ -542,3 +542,13 @@ def test_settings_of_every_trick_are_in_the_run_configuration():
     ]
     assert logger.hparams["tricks"]["EMA"] == {"decay": 0.9, "start": 0, "every_n_steps": 1}
     assert logger.hparams["tricks"]["BatchTransforms"]["transforms"][1] == "Mixup(alpha=0.5, per_sample=True)"
+
+
+@pytest.mark.parametrize("watch", [lt.EarlyStopping, lambda monitor, **mode: lt.KeepBest(1, monitor, **mode)])
+def test_a_mode_that_the_metrics_name_speaks_against_is_doubted(watch):
+    with pytest.warns(UserWarning, match="mode='min' takes a low 'val/acc' for better. Give mode='max' if a high"):
+        watch("val/acc")
+    with pytest.warns(UserWarning, match="mode='max' takes a high 'val/loss' for better. Give mode='min' if a low"):
+        watch("val/loss", mode="max")
+    watch("val/acc", mode="max")
+    watch("val/score")

@@ -346,9 +346,9 @@ def test_keep_the_best_by_their_own_validation(keep, steps, tmp_path):
 
 def test_metric_that_is_not_there(tmp_path):
     with pytest.raises(
-        ValueError, match=r"KeepBest: monitor must be a logged metric, got 'val/acc'. .* found \['train"
+        ValueError, match=r"KeepBest: monitor must be a logged metric, got 'val/kappa'. .* found \['train"
     ):
-        fit([SnapshotEnsemble(2, str(tmp_path / "s"), keep=KeepBest(1, "val/acc"))])
+        fit([SnapshotEnsemble(2, str(tmp_path / "s"), keep=KeepBest(1, "val/kappa"))])
 
 
 # ------------------------------------------------------------------------------------------------------------ resume
