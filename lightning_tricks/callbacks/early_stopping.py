@@ -119,6 +119,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
         self._before: Tensor | None = None  # the score there was before the validation
         self._checked: Tensor | None = None  # the score there was at the last check
         self._stop: Stop | None = None  # what the last check asked for, while min_epochs or min_steps hold it up
+        self._asked = False  # to stop, in this fit: Lightning validates once more before it does
         self._has_news = False
         self._resumed = False
         self._fitting = False
@@ -163,7 +164,7 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing to check yet: Lightning may end the epoch of a checkpoint once more, without having trained."""
-        self._has_news = False
+        self._has_news = self._asked = False
         if self.best_weights is not None:  # a checkpoint has whole ones
             self.best_weights = _parts(self.best_weights, pl_module)
         log_settings(self, trainer)
@@ -269,10 +270,10 @@ class EarlyStopping(pl.callbacks.EarlyStopping):
 
     def _end_if_allowed(self, trainer: pl.Trainer) -> None:
         """End the training if the last check said so, once there are `min_epochs` and `min_steps`."""
-        if self._stop is None or not trainer.fit_loop._can_stop_early:
+        if self._stop is None or self._asked or not trainer.fit_loop._can_stop_early:
             return
         stop, self._stop = self._stop, None
-        trainer.should_stop = True
+        trainer.should_stop = self._asked = True
         self.stopped_epoch = trainer.current_epoch
         self.stopping_reason = EarlyStoppingReason[stop.kind]
         self.stopping_reason_message = f"{self.monitor}: {stop.reason}"

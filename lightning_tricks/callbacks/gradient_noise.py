@@ -96,7 +96,7 @@ class GradientNoise:
         """The squared norm of the mean gradient of one batch on one rank: its mean over ranks, (1,); maybe none."""
         if self.small is None or self._batches != self._accumulation:  # an epoch's last step may be of fewer batches
             return []
-        # One rank may have the short batch, or none: what is not finite leaves the step out on all of them.
+        # One rank may have the short batch: what is not finite leaves the step out on all of them.
         whole = not self._short and len(self._with_gradients) == self._batches
         small = self.small if whole else self.small * math.nan
         small = small if self._ranks == 1 else trainer.strategy.reduce(small, reduce_op="mean")

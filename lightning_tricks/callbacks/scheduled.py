@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -61,6 +61,8 @@ class Scheduled(Callback):
         self._options = total_steps, on_new_horizon, on_mismatch
         self.name, self.schedule, self.total_steps = name, schedule, total_steps
         self.optimizer, self.prog_bar = optimizer, prog_bar
+        names = {key: value for key, value in (("name", name), ("optimizer", optimizer)) if value not in ("lr", None)}
+        self._state_key = self._generate_state_key(**names) if names else type(self).__qualname__
         self._logging = self._resumed = False
         self._targets: dict[int, Target] = {}
         self._handles: list[RemovableHandle] = []
@@ -123,7 +125,8 @@ class Scheduled(Callback):
             target.clock.begin(trainer)
             self._set(target)
             self._compare_bases(target)
-            self._handles += after_real_steps(self.owner, [target.optimizer], partial(self._advance, target))
+            hooks = partial(self._advance, target), partial(self._before_step, target)
+            self._handles += after_real_steps(self.owner, [target.optimizer], *hooks)
         self._logging = bool(trainer.loggers) and self.logs(trainer)
         log_settings(self, trainer)
 
@@ -142,6 +145,29 @@ class Scheduled(Callback):
         target.clock.step += 1
         self._set(target)
 
+    def _before_step(self, target: Target, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        self._schedule_new_groups(target)
+
+    def _schedule_new_groups(self, target: Target) -> None:
+        """Set the value of groups that something has added since, and say what their bases are."""
+        count = len(target.optimizer.param_groups)
+        if target.groups == count:
+            return
+        added = range(target.groups, count)
+        self._set(target)
+        bases = [base for place, base in enumerate(self._bases(target)) if place in added and base is not None]
+        if bases and not all(bases):
+            rank_zero_warn(
+                f"{target.clock.owner}: a group was added with a value of 0, which is its base, and stays at 0. Give it"
+                " another, as in BaseFinetuning.unfreeze_and_add_param_group(..., lr=0.001)."
+            )
+        elif bases:
+            texts = ", ".join(f"{float(base):.4g}" for base in bases)
+            rank_zero_info(
+                f"{target.clock.owner}: a group was added; what it had, {texts}, is its base, now times"
+                f" {target.clock.factor:.4g}."
+            )
+
     def _set(self, target: Target) -> None:
         self.apply(target)
         target.groups = len(target.optimizer.param_groups)
@@ -151,8 +177,7 @@ class Scheduled(Callback):
     ) -> None:
         """Set the values of groups that are new, and show what the batch is trained with."""
         for target in self._targets.values():
-            if target.groups != len(target.optimizer.param_groups):
-                self._set(target)
+            self._schedule_new_groups(target)
         if self._logging and trainer._logger_connector.should_update_logs:
             log_scalars(trainer, self.values(trainer))
         if self.prog_bar:
@@ -197,6 +222,11 @@ class Scheduled(Callback):
         self._handles = []
 
     # ------------------------------------------------------------------ saved
+
+    @property
+    def state_key(self) -> str:
+        """What tells it from others of its class in a checkpoint."""
+        return self._state_key
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

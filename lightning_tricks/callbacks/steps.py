@@ -1,7 +1,6 @@
 """When an optimizer has really stepped, and which settings no callback of this package can serve."""
 
 import sys
-import traceback
 from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
@@ -59,6 +58,7 @@ def _is_zero(rate: Any) -> bool:
 
 
 PreHook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+PostHook = Callable[[Optimizer, object, object], None]
 
 
 def after_real_steps(
@@ -82,45 +82,57 @@ def after_real_steps(
             fix = "Leave the callback out under this strategy"
             raise TypeError(message(owner, "optimizer", "a torch.optim.Optimizer", type(optimizer).__name__, fix))
     for optimizer in chosen:
-        begin, end = before, _real(call)
+        begin, end = before, _if_real(call)
         if sum("step" in vars(base) for base in type(optimizer).__mro__) > 2:  # Optimizer's own and another
-            begin, end = _outermost(begin, end)
+            begin, end = _outermost(call, before)
         if begin is not None:
             handles.append(optimizer.register_step_pre_hook(begin))
         handles.append(optimizer.register_step_post_hook(end))
     return handles
 
 
-def _real(call: Callable[[Optimizer], None]) -> Callable[..., None]:
-    def hook(optimizer: Optimizer, args: object, kwargs: object) -> None:
+def _if_real(call: Callable[[Optimizer], None]) -> PostHook:
+    def end(optimizer: Optimizer, args: object, kwargs: object) -> None:
         if is_real_step(optimizer):
             call(optimizer)
 
-    return hook
+    return end
 
 
-def _outermost(before: PreHook | None, after: Callable[..., None]) -> tuple[PreHook, Callable[..., None]]:
-    """Hooks that pass over a `super().step()` within a step, for which torch may run all hooks once more."""
-    outer: FrameType | None = None
+def _outermost(call: Callable[[Optimizer], None], before: PreHook | None) -> tuple[PreHook, PostHook]:
+    """Hooks for which a `super().step()` is a part of the step that it is in: torch may run all hooks for both."""
+    real = False  # one of its parts was: it may have let go of the gradients since
 
     def begin(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        nonlocal outer
-        frame: FrameType | None = sys._getframe(1)
-        # A step that has raised is on the stack no more.
-        if outer is not None and any(caller is outer for caller, _ in traceback.walk_stack(frame)):
+        nonlocal real
+        if _is_inner(optimizer, sys._getframe(1)):
             return None
-        outer = frame
+        real = False
         return None if before is None else before(optimizer, args, kwargs)
 
     def end(optimizer: Optimizer, args: object, kwargs: object) -> None:
-        nonlocal outer
-        if outer is sys._getframe(1):
-            outer = None
-            after(optimizer, args, kwargs)
+        nonlocal real
+        real = real or is_real_step(optimizer)
+        if real and not _is_inner(optimizer, sys._getframe(1)):
+            real = False
+            call(optimizer)
 
     return begin, end
+
+
+def _is_inner(optimizer: Optimizer, wrapper: FrameType) -> bool:
+    """Whether what torch wraps around a step runs within another one of the same optimizer.
+
+    The stack says so, and not a count, which a step that raises would leave wrong.
+    """
+    caller = wrapper.f_back
+    while caller is not None:
+        if caller.f_code is wrapper.f_code and caller.f_locals.get("self") is optimizer:
+            return True
+        caller = caller.f_back
+    return False
 
 
 def state_without_module(callback: pl.Callback, **reset: Any) -> dict[str, Any]:

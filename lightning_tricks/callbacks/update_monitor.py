@@ -41,10 +41,10 @@ class UpdateMonitor(Callback):
     - `update_cosine` between this update and that of the step before, for which that is measured too; an optimizer that
       did not step in the batch before has none, nor has the first step after a resume;
     - `noise_scale/total` (samples), from the gradient of one batch on one rank beside that of the step, as means over
-      logged steps with a decay of 0.9. That needs accumulation or ranks (DDP) and a loader with a `batch_size`, and is
-      not logged while the estimate of the true gradient's square, or of the noise, is not above 0. Steps with the
-      last batch of an epoch are left out where that may be smaller than the others, and so are those with a batch whose
-      `training_step` returned None.
+      logged steps with a decay of 0.9. That needs accumulation or ranks (DDP; then no layer in several reentrant
+      checkpoints, whose gradients come in parts) and a loader with a `batch_size`, and is not logged while the estimate
+      of the true gradient's square, or of the noise, is not above 0. Steps with the last batch of an epoch are left out
+      where that may be smaller than the others, and so are those with a batch whose `training_step` returned None.
 
     Only every n-th step is measured, with one transfer to the host and one row in each logger, on the step of
     Lightning's own rows; the others cost nothing. A logged step that a GradScaler skipped has no row. Of several

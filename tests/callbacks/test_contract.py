@@ -494,6 +494,13 @@ def test_lightning_says_at_a_resume_that_one_is_missing(name, tmp_path):
         fit([every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt")
 
 
+def test_lightning_says_which_of_two_schedules_is_missing(tmp_path):
+    both = [lt.ParamSchedule("momentum", lt.Linear()), lt.ParamSchedule("weight_decay", lt.Linear())]
+    fit([*both, every_epoch(tmp_path)], max_epochs=1)
+    with pytest.warns(UserWarning, match=r"add the following callbacks: \[.ParamSchedule{'name': 'momentum'}.\]"):
+        fit([both[1], every_epoch(tmp_path / "rest")], ckpt_path=tmp_path / "epoch=0.ckpt")
+
+
 TWINS = {
     "LRSchedule": r"LRSchedule: callbacks must be the only one of its kind in a Trainer, got \[",
     "ParamSchedule": r"ParamSchedule: callbacks must be the only one of its kind in a Trainer, got \[",

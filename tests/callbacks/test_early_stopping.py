@@ -2,7 +2,7 @@ import logging
 
 import pytest
 import torch
-from kit import Net, assert_same, every_epoch, fit, loader, make_trainer, snapshot
+from kit import MemoryLogger, Net, assert_same, every_epoch, fit, loader, make_trainer, snapshot
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
@@ -272,6 +272,25 @@ def test_stop_that_was_held_up_comes_where_lightnings_comes(limits, checks, tmp_
     resumed.fit(again, loader(), loader(8), ckpt_path=tmp_path / "epoch=1.ckpt")
     assert resumed.global_step == trainer.global_step
     assert_same(snapshot(again), snapshot(module))
+
+
+@pytest.mark.filterwarnings("ignore:.*val_check_interval")
+@pytest.mark.parametrize("options", [{"min_steps": 16}, {"min_steps": 16, "val_check_interval": 4}])
+def test_stop_that_was_held_up_is_logged_and_said_once(options, caplog):
+    """Lightning validates once more between the request and the end."""
+    logger = MemoryLogger()
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        trainer, _ = train([stop(patience=1, verbose=True)], [1.0] * 30, logger=logger, max_epochs=6, **options)
+    assert trainer.global_step == 16
+    assert len(logger.series("event/early_stopping")) == 1
+    assert sum("last 1 checks" in message or "last 2 checks" in message for message in caplog.messages) == 1
+
+
+def test_stop_that_was_held_up_to_the_end_is_none_of_the_next_run():
+    callback = stop(patience=1)
+    train([callback], [1.0] * 3, min_epochs=5)
+    trainer, _ = train([callback], [1.0, 0.9, 0.8, 0.7])
+    assert trainer.current_epoch == 4
 
 
 @pytest.mark.parametrize("epoch", [0, 2])

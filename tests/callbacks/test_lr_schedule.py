@@ -1222,6 +1222,50 @@ def test_group_that_lightnings_finetuning_adds_is_scheduled_from_its_first_step(
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("hook", ["on_train_epoch_start", "on_train_batch_start"])
+def test_group_is_scheduled_from_its_first_step_whatever_adds_it(hook, order, told):
+    class Add(Callback):
+        def add(self, trainer, *args):
+            if trainer.global_step == 6 and len(trainer.optimizers[0].param_groups) == 1:
+                parameters = trainer.lightning_module.body.parameters()
+                trainer.optimizers[0].add_param_group({"params": parameters, "lr": 0.4, "weight_decay": 0.1})
+
+    class Seen(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            trainer.optimizers[0].register_step_post_hook(self.see)  # before the schedule's own
+
+        def see(self, optimizer, *args):
+            seen.append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
+
+    class Module(HeadFirst):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), lr=0.05, weight_decay=0.2)
+
+    setattr(Add, hook, Add.add)
+    seen = []
+    fit(
+        [Seen(), *[lt.LRSchedule(lt.Linear()), lt.ParamSchedule("weight_decay", lt.Linear()), Add()][::order]], Module()
+    )
+    bases = [[(0.05, 0.2)]] * 6 + [[(0.05, 0.2), (0.4, 0.1)]] * 6
+    for k, (groups, expected) in enumerate(zip(seen, bases, strict=True)):
+        factor = 1 - k / 12
+        assert groups == [pytest.approx((lr * factor, decay * factor)) for lr, decay in expected]
+    assert "LRSchedule: a group was added; what it had, 0.4, is its base, now times 0.5." in told()
+
+
+def test_group_that_is_added_with_a_rate_of_0_is_told_of():
+    """As unfreeze_and_add_param_group does in a warmup that begins at 0, if it is not given a rate."""
+
+    class Unfreezes(Finetune):
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 0:
+                self.unfreeze_and_add_param_group(pl_module.body, optimizer)
+
+    with pytest.warns(UserWarning, match="LRSchedule: a group was added with a value of 0, which is its base"):
+        fit([lt.LRSchedule(lt.WarmupCosine(0.25)), Unfreezes()], HeadFirst())
+
+
 class HeadFirst(Net):
     def configure_optimizers(self):
         return torch.optim.SGD(self.head.parameters(), lr=0.05)

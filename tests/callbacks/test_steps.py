@@ -1,5 +1,9 @@
 """Which steps of an optimizer count, where a step has another within it."""
 
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 from kit import ByHand, MemoryLogger, Net, fit, snapshot
@@ -60,6 +64,43 @@ def test_a_step_within_a_step_is_one_step(measures):
     assert list(logger.series("update_norm/total").values()) == pytest.approx(updates.norms, rel=1e-5)
     assert ema.updates == 12
     assert updates.rates == pytest.approx([0.1 * (1 - k / 12) for k in range(12)])
+
+
+def test_a_step_that_lets_go_of_its_gradients_counts():
+    class Zeroes(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            self.zero_grad()
+            return loss
+
+    class Module(Net):
+        def configure_optimizers(self):
+            return Zeroes(self.parameters(), lr=0.1)
+
+    ema, updates = lt.EMA(0.5), Updates()
+    fit([ema, lt.LRSchedule(lt.Linear()), updates], Module())
+    assert ema.updates == 12
+    assert updates.rates == pytest.approx([0.1 * (1 - k / 12) for k in range(12)])
+
+
+def test_a_step_that_failed_lets_go_of_what_it_held():
+    """Its frames have the activations, which a retry with a smaller batch has no room for."""
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = Decayed([parameter], lr=0.1)
+    optimizer.fails, parameter.grad = True, torch.ones(1)
+    handles = after_real_steps("EMA", [optimizer], print)
+
+    def step():
+        large = torch.ones(10)
+        held.append(weakref.ref(large))
+        optimizer.step()
+
+    held = []
+    with contextlib.suppress(RuntimeError):
+        step()
+    gc.collect()
+    assert held[0]() is None
+    assert len(handles) == 2
 
 
 def test_a_step_that_failed_hides_no_later_one():
