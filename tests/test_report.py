@@ -37,7 +37,7 @@ from lightning_tricks.reports import report
 from lightning_tricks.reports.build import _learning_rates, as_png, file_name, learning_curves, write_page
 from lightning_tricks.reports.groups import group_runs
 from lightning_tricks.reports.offline import read_offline
-from lightning_tricks.reports.pictures import Curve, Panel, curves, layers
+from lightning_tricks.reports.pictures import Curve, Panel, curves, layers, mean_line
 from lightning_tricks.reports.runs import Run, read_runs
 from lightning_tricks.reports.settings import flatten
 from lightning_tricks.reports.summary import (
@@ -142,9 +142,16 @@ def test_a_resumed_offline_run_is_one_run(tmp_path):
             run.log({"loss": len(steps) * 10 + step, "trainer/global_step": step})
         run.finish()
         time.sleep(1.1)  # W&B names folders by the second
-    (run,) = read_runs("report", written(tmp_path / "wandb"))
-    assert run.name == "mine"
-    assert run.series == {"loss": {0: 40, 1: 41, 2: 42, 3: 33, 4: 34, 5: 35}}
+    folder = written(tmp_path / "wandb")
+    first, second = sorted(folder.glob("offline-run-*"))
+    for paths in (folder, [first, folder], [second, first], [second / "run-same.wandb", folder]):
+        (run,) = read_runs("report", paths)
+        assert run.name == "mine"
+        assert run.series == {"loss": {0: 40, 1: 41, 2: 42, 3: 33, 4: 34, 5: 35}}
+    shutil.copytree(
+        folder, tmp_path / "other" / "wandb", symlinks=True
+    )  # another study's run of this id is another run
+    assert len(read_runs("report", tmp_path)) == 2
 
 
 def test_a_killed_run_is_read_as_far_as_it_was_written(logs, tmp_path):
@@ -241,6 +248,9 @@ def just_begun(kind, folder):
         return table
     if kind.startswith("W&B"):
         file = folder / "run-x.wandb"
+        if kind == "W&B link to nothing":
+            file.symlink_to("nothing")
+            return file
         file.write_bytes(b":W&B"[: int(kind.split()[-1])])
         return file
     table.write_text("step,loss\n0,1\n")
@@ -249,7 +259,7 @@ def just_begun(kind, folder):
 
 
 KINDS = ["table of 0 bytes", "table with half a header", *(f"W&B file of {size}" for size in range(4))]
-KINDS += ["cut settings", "settings in themselves"]
+KINDS += ["W&B link to nothing", "cut settings", "settings in themselves"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -261,6 +271,7 @@ def test_one_of_several_runs_that_cannot_be_read_is_left_out_and_said(kind, tmp_
             text = text_of(report(paths, tmp_path / "report.html"))
         (warning,) = caught
         assert f"got '{bad}'" in str(warning.message)
+        assert warning.filename == __file__
         assert str(warning.message).removeprefix("report: ") in text.rpartition("Left out ")[2]
         assert "One run: a." in text
     for alone in (tmp_path / "b", [tmp_path / "b"]):
@@ -291,6 +302,17 @@ def test_a_byte_that_is_another_in_a_wandb_file_is_an_error_that_names_it(logs, 
     broken.write_bytes(data)
     with pytest.raises(ValueError, match=re.escape(f"got '{broken}'. It is damaged: byte ")):
         read_offline("report", broken)
+
+
+@pytest.mark.parametrize("lost", [8, 40, 4000])
+def test_a_wandb_file_whose_end_is_zeros_is_read_as_far_as_it_was_written(logs, tmp_path, lost):
+    """As a machine that lost power leaves it: the file has its length already."""
+    file = min(logs.rglob("*.wandb"), key=lambda path: path.stat().st_size)
+    data, broken = file.read_bytes(), tmp_path / file.name
+    broken.write_bytes(data[:-lost] + bytes(lost))
+    cut = tmp_path / "cut.wandb"
+    cut.write_bytes(data[:-lost])
+    assert read_offline("report", broken) == read_offline("report", cut)
 
 
 def test_a_resumed_wandb_run_whose_last_part_has_just_begun_is_still_shown(tmp_path):
@@ -494,6 +516,10 @@ def test_a_mean_is_written_as_exactly_as_its_spread(numbers, power):
     assert abs(mean - statistics.mean(map(Decimal, values))) <= place * Decimal("0.501")
 
 
+def test_a_mean_of_nearly_nothing_has_no_sign():
+    assert with_spread([-0.0003, 0.1, -0.1]) == "0.00 ± 0.10"
+
+
 def test_best_and_last():
     series = {0: 3.0, 5: 1.0, 9: math.nan, 12: 1.0, 20: 2.0}
     assert last(series) == 2.0
@@ -602,6 +628,12 @@ def test_a_csv_run_that_was_resumed_is_not_called_two_seeds(tmp_path):
     assert "over the seeds" not in text
 
 
+def test_a_log_of_a_test_alone_is_no_part_of_a_resumed_run(tmp_path):
+    write_log(tmp_path / "fit", [{"step": step, "val/loss": 1.0} for step in range(9)], lr=0.1)
+    write_log(tmp_path / "test", [{"step": 9, "test/loss": 1.0}], lr=0.1)
+    assert "follow those of" not in text_of(report(tmp_path, tmp_path / "report.html"))
+
+
 def test_settings_are_flattened():
     given = {"a": {"b": {"c": 1e-7}, "d": []}, "e": None, "f": (1, 0.5), "g": {}, "h": True}
     assert flatten(given) == {"a.b.c": "1e-07", "a.d": "none", "e": "none", "f": "1, 0.5", "g": "none", "h": "True"}
@@ -657,7 +689,31 @@ def test_where_no_mean_is_drawn_neither_legend_nor_words_have_one():
     assert {line.get_linestyle() for line in axes.lines} == {"-"}
     assert [text.get_text() for text in picture.figure.legends[0].get_texts()] == ["parts"]
     assert [line.get_linestyle() for line in picture.figure.legends[0].get_lines()] == ["-"]
-    assert "No mean is drawn of parts: the runs cover no step together." in picture.caption
+    assert "No mean is drawn of parts: at no two steps in a row have all its runs a value." in picture.caption
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        ({step: float(step) for step in range(11)}, {5: 1.0}),
+        (dict.fromkeys(range(6), 1.0), dict.fromkeys(range(5, 9), 2.0)),
+        (
+            {step: (1.0, math.nan)[step % 2] for step in range(9)},
+            {step: (math.nan, 1.0)[step % 2] for step in range(9)},
+        ),
+    ],
+    ids=["one point", "one step together", "never both"],
+)
+def test_a_mean_of_one_point_is_no_line(runs):
+    assert mean_line(runs) == {}
+
+
+def test_a_short_run_beside_a_long_one_keeps_its_points():
+    """Thinned alike, the mean would have none left of the range that both cover."""
+    runs = (dict.fromkeys(range(60000), 1.0), dict.fromkeys(range(90), 3.0))
+    picture = curves("loss", "loss", [Panel("loss", "loss", (Curve("both", "#0072B2", "solid", runs),))], [], 1)
+    (mean,) = lines_of(picture.figure.axes[0], "both")
+    assert list(mean.get_ydata()) == [2.0] * 90
 
 
 def drawn_outside(figure):
@@ -941,8 +997,12 @@ def test_a_page_that_is_written_again_leaves_no_pictures_of_the_earlier_one(tmp_
         (folder / name).write_bytes(b"" if name.endswith("png") else b"words")
     picture, *_ = learning_curves(group_runs("report", read_runs("report", before), None), 1)
     (folder / "other.png").write_bytes(as_png(picture.figure)[:-1])
+    shutil.copy(folder / "old.png", folder / "for_the_paper.png")
+    (folder / "folder.png").mkdir()
+    (folder / "link.png").symlink_to("nothing")
     report(after, page)
-    assert {path.name for path in folder.iterdir()} == {"loss.png", "mine.png", "mine.txt", "other.png"}
+    users = {"mine.png", "mine.txt", "other.png", "for_the_paper.png", "folder.png", "link.png"}
+    assert {path.name for path in folder.iterdir()} == {"loss.png", *users}
 
 
 def test_the_best_group_of_each_metric_is_marked_where_a_direction_is_known(tmp_path):
@@ -964,6 +1024,15 @@ def test_the_best_group_of_each_metric_is_marked_where_a_direction_is_known(tmp_
     assert "★ is the best last value, however small its lead." in results
     text = text_of(report(tmp_path, tmp_path / "report.html", modes={"val/score": "max"}))
     assert "★ 5" in text
+
+
+def test_rounding_is_no_lead_and_what_diverged_none(tmp_path):
+    for name, loss in {"a": 0.1 + 0.2, "b": 0.3}.items():
+        write_log(tmp_path / "same" / name, [{"step": 0, "val/loss": loss}])
+    assert "★" not in text_of(report(tmp_path / "same", tmp_path / "same.html"))
+    for name, loss in {"a": math.nan, "b": 0.3}.items():
+        write_log(tmp_path / "lost" / name, [{"step": 0, "val/loss": loss}])
+    assert "★ 0.3" in text_of(report(tmp_path / "lost", tmp_path / "lost.html"))
 
 
 def test_names_are_text_and_not_html_or_mathematics(tmp_path):
@@ -1056,6 +1125,25 @@ def test_equal_numbers_of_other_seeds_are_other_trainings(tmp_path):
         run.log({"val/accuracy": 0.5, "trainer/global_step": 0})
         run.finish()
     assert [run.name for run in read_runs("report", written(tmp_path))] == ["csv", "seed1"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "ours", "theirs", "same"),
+    [
+        ("val/accuracy", 0.5, {"arm": "a"}, {"arm": "a"}, True),
+        ("val/accuracy", 0.5, {"arm": "a"}, {"arm": "b"}, False),
+        ("val/accuracy", 0.5, {"net": "Linear"}, {"net": "Linear(in_features=2, out_features=2)"}, True),
+        ("val/loss", math.nan, {}, {}, False),
+        ("lr-SGD", 0.1, {}, {}, False),
+    ],
+)
+def test_a_training_is_known_by_its_metrics_and_its_settings(key, value, ours, theirs, same, tmp_path):
+    """What diverged and what follows one schedule is equal in many; of objects each logger writes something else."""
+    write_log(tmp_path / "csv", [{"step": 0, key: value}], **ours)
+    run = wandb.init(dir=tmp_path, name="wandb", project="tests", mode="offline", config=theirs)
+    run.log({key: value, "trainer/global_step": 0})
+    run.finish()
+    assert [run.name for run in read_runs("report", written(tmp_path))] == ["csv", "wandb"][: 2 - same]
 
 
 def test_a_run_that_several_paths_lead_to_counts_once(logs):

@@ -169,11 +169,12 @@ def _write(
 
 
 def _embedded(path: Path, folder: Path) -> list[Path]:
-    """Pictures in the folder that the page of an earlier call holds too: no other file is ours."""
+    """Pictures in the folder that the page of an earlier call holds too, by name and content: no other file is ours."""
     if not path.exists():
         return []
     held = path.read_text(encoding="utf-8", errors="replace")
-    return [picture for picture in folder.glob("*.png") if page.source(picture.read_bytes()) in held]
+    files = [file for file in folder.glob("*.png") if file.is_file()]
+    return [file for file in files if page.source(file.read_bytes(), file.name) in held]
 
 
 def _check(output: str | PathLike[str], smooth: Any, band: Any, modes: Any, title: Any) -> Path:
@@ -203,7 +204,7 @@ def _save(picture: Picture, folder: Path, names: set[str]) -> str:
     name = file_name(picture.name, names)
     names.add(name.casefold())
     (folder / f"{name}.png").write_bytes(png)
-    return page.picture(png, picture.title, picture.caption)
+    return page.picture(png, picture.title, picture.caption, f"{name}.png")
 
 
 def as_png(figure: "Figure") -> bytes:
@@ -317,14 +318,15 @@ def _finals(group: Group, key: str) -> list[float]:
 
 
 def _leading(groups: Sequence[Group], key: str, mode: Mode | None) -> list[int]:
-    """Places of the groups whose last values are the best in the mean; none where all are equal."""
+    """Places of the groups whose last values are the best in the mean, up to rounding; none where that is all."""
     finals = [_finals(group, key) for group in groups]
     means = [sum(value / len(values) for value in values) if values else math.nan for values in finals]
-    finite = {mean for mean in means if math.isfinite(mean)}
-    if mode is None or len(finite) < 2:
+    finite = [mean for mean in means if math.isfinite(mean)]
+    if mode is None or not finite:
         return []
     leader = min(finite) if mode == "min" else max(finite)
-    return [index for index, mean in enumerate(means) if mean == leader]
+    leading = [index for index, mean in enumerate(means) if math.isclose(mean, leader, rel_tol=1e-9)]
+    return leading if len(leading) < len(groups) else []
 
 
 def _result(group: Group, key: str, mode: Mode | None) -> str:

@@ -38,7 +38,8 @@ def resumed(groups: Sequence[Group]) -> list[tuple[Run, Run]]:
         spans = [(run, {step for series in run.series.values() for step in series}) for run in group.runs]
         ends = [(run, min(steps), max(steps)) for run, steps in spans if steps and run.settings]
         for (one, _, end), (other, start, _) in permutations(ends, 2):
-            if end < start and flatten(one.settings) == flatten(other.settings):
+            shared = one.series.keys() & other.series.keys()  # a log of a test alone has no metric of the training
+            if end < start and shared and flatten(one.settings) == flatten(other.settings):
                 found.append((one, other))
     return found
 

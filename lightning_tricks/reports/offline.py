@@ -42,7 +42,10 @@ def read_offline(owner: str, path: Path) -> OfflineRun:
         from wandb.proto import wandb_internal_pb2
     except ImportError as error:
         raise ImportError(f'{owner} needs wandb to read {path}: pip install "lightning-tricks[wandb]".') from error
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(message(owner, "runs", "files that can be read", str(path), f"{error}")) from error
     if not data.startswith(IDENT):
         raise ValueError(message(owner, "runs", "files that W&B wrote", str(path), "Give the folder of an offline run"))
     name, cut_off = "", True
@@ -83,6 +86,8 @@ def _records(data: bytes) -> Iterator[bytes]:
         if position > len(data):
             return
         if zlib.crc32(data[position - length - 1 : position]) != checksum:  # of the kind and what follows
+            if not any(data[position - 1 :]):  # zeros to the end: what a machine that lost power had not written yet
+                return
             raise ValueError(f"byte {position - length:,} and those after it are not what was written")
         parts += data[position - length : position]
         if kind in (1, 4):  # a whole record, or the last chunk of one

@@ -74,15 +74,15 @@ def paragraphs(sentences: Sequence[str], kind: str = "") -> str:
     return "".join(f"<p{marked}>{escape(sentence)}</p>\n" for sentence in sentences)
 
 
-def source(png: bytes) -> str:
-    """The attribute of an image that holds a picture."""
-    return f'src="data:image/png;base64,{b64encode(png).decode()}"'
+def source(png: bytes, file: str) -> str:
+    """The attributes of an image that hold a picture, and the name of its file."""
+    return f'src="data:image/png;base64,{b64encode(png).decode()}" data-file="{escape(file)}"'
 
 
-def picture(png: bytes, title: str, caption: str) -> str:
-    """A picture inside of the page."""
+def picture(png: bytes, title: str, caption: str, file: str = "") -> str:
+    """A picture inside of the page, which may also be in a file of this name in the folder of pictures."""
     width, height = struct.unpack(">II", png[16:24])  # where every PNG has them
-    image = f'<img {source(png)} alt="{escape(title)}" width="{width}" height="{height}">'
+    image = f'<img {source(png, file)} alt="{escape(title)}" width="{width}" height="{height}">'
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     return f"<figure>{image}{below}</figure>\n"
 

@@ -129,12 +129,12 @@ def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
     for curve in panel.curves:
         longest = max(map(len, curve.runs))
         widths[curve.name] = width = smooth or max(width for width in WIDTHS if width == 1 or 15 * width <= longest)
-        every = -(-longest // POINTS)
         averages = []
         for series in curve.runs:
             points = thin({step: value for step, value in series.items() if drawable(value)}, POINTS)
             axes.scatter(list(points), list(points.values()), s=6, color=curve.colour, alpha=0.25, linewidths=0)
             shown = [value if drawable(value) else math.nan for value in series.values()]
+            every = -(-len(series) // POINTS)
             means = moving_average(shown, width, every)
             averages.append(dict(zip(list(series)[::every], means, strict=True)))
         for average in averages if len(averages) > 1 else []:
@@ -161,7 +161,7 @@ def _draw(axes: "Axes", panel: Panel, smooth: int | None) -> str:
 
 
 def mean_line(lines: Sequence[Series]) -> Series:
-    """The mean of several lines at all their steps, over the range that all of them cover; empty where there is none.
+    """The mean of several lines at all their steps, over the range that all of them cover; empty where that is no line.
 
     A mean of those that are left would jump where one of them ends.
 
@@ -176,7 +176,8 @@ def mean_line(lines: Sequence[Series]) -> Series:
     shared = sorted({step for each in steps for step in each if first <= step <= final})
     shown = shared[:: -(-len(shared) // POINTS) or 1]
     means = {step: statistics.fmean(map(_between, lines, steps, [step] * len(lines))) for step in shown}
-    return means if any(map(math.isfinite, means.values())) else {}
+    pairs = pairwise(map(math.isfinite, means.values()))
+    return means if any(one and other for one, other in pairs) else {}
 
 
 def _between(line: Series, steps: Sequence[int], step: int) -> float:
@@ -199,7 +200,7 @@ def _what_lines_are(panel: Panel, widths: dict[str, int], apart: list[str], lost
         words = [f"Lines are moving averages of {width} points."] if width > 1 else []
     if apart:
         of = ", ".join(filter(None, apart))
-        words.append(f"No mean is drawn{of and f' of {of}'}: the runs cover no step together.")
+        words.append(f"No mean is drawn{of and f' of {of}'}: at no two steps in a row have all its runs a value.")
     if longest > POINTS:
         words.append(f"Points are, of up to {longest:,} a run, the lowest and the highest of each stretch.")
     if lost:
@@ -226,7 +227,7 @@ def _mark(axes: "Axes", events: Sequence[tuple[str, str, list[int]]]) -> None:
             axes.axvline(step, color=colour, linewidth=0.8, linestyle="dotted", zorder=1)
     for name in names:  # one entry for all colours
         marker = MARKERS[names.index(name) % len(MARKERS)]
-        axes.plot([], [], marker, color="#555555", markersize=6, label=plain(name.replace("_", " ")))
+        axes.plot([], [], marker, color="#555555", markersize=6, label=wrapped(name.replace("_", " "), 60, 4))
 
 
 def wrapped(text: str, width: int, lines: int) -> str:

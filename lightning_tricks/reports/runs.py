@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lightning_tricks.functional.checks import message
+from lightning_tricks.functional.metric_names import better
 from lightning_tricks.reports.offline import FILES, read_offline
-from lightning_tricks.reports.settings import seeds
+from lightning_tricks.reports.settings import flatten
 from lightning_tricks.reports.tables import read_table
 
 Series: TypeAlias = Mapping[int, float]
 """Step -> value, in the order of the steps."""
 Runs: TypeAlias = "str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Any]"
 WHERE = "Give a folder of Lightning's CSVLogger (metrics.csv), an offline W&B run (offline-run-*), or one above them"
+WORDS = re.compile(r"[\w ,.:/+-]*")
+"""Settings that both loggers write alike: numbers and names, and not what Python prints of an object."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,20 @@ def read_runs(owner: str, runs: Runs) -> list[Run]:
     read, lost = _read_all(owner, named)
     if not read:
         raise lost[0]
-    notes = _left_out(owner, lost)
+    notes = [f"Left out: {str(error).removeprefix(f'{owner}: ')}" for error in lost]
+    if notes:
+        warnings.warn("\n".join(f"{owner}: {note}" for note in notes), stacklevel=3)
     twice = [any(_same_training(run, other) for other in read) for run in read]
     if any(twice):
         names = ", ".join(run.name for run in compress(read, twice))
         notes.append(f"{sum(twice)} W&B run(s) are left out, since CSV logs have the same numbers: {names}.")
     first, *others = _told_apart([run for run, other in zip(read, twice, strict=True) if not other])
     return [replace(first, notes=(*first.notes, *notes)), *others]
+
+
+def is_rate(key: str) -> bool:
+    """Whether a key is that of a learning rate."""
+    return bool(re.match(r"(lr|learning_rate)([-_/]|$)", key)) and better(key) is None
 
 
 def natural(text: str) -> list[tuple[int, int, str]]:
@@ -95,67 +105,73 @@ def _listed(owner: str, paths: Any) -> list[Path]:
     return [Path(path) for path in several]
 
 
-def _read_all(owner: str, named: Sequence[tuple[str | None, Path]]) -> tuple[list[Run], list[Exception]]:
+def _read_all(owner: str, named: Sequence[tuple[str | None, Path]]) -> tuple[list[Run], list[ValueError | ImportError]]:
     """The runs that the paths of each group lead to, each once, and why others cannot be read."""
-    read: list[Run] = []
-    lost: list[Exception] = []
-    seen: set[tuple[str | None, Path]] = set()
-    for group, path in named:
-        below = []
-        for files in _logs(owner, path):
-            new = [file for file in files if (group, file.resolve()) not in seen]
-            seen |= {(group, file.resolve()) for file in new}
-            try:
-                below += [_read(owner, new, group)] if new else []
-            except (ImportError, ValueError) as error:
-                lost.append(error)
-        # Of two W&B runs of one second the folders say no order.
-        read += sorted(below, key=lambda run: natural(run.name) if run.offline else [])
-    return read, lost
+    found: dict[tuple[Any, ...], tuple[int, list[Path]]] = {}
+    for number, (group, path) in enumerate(named):
+        for file in _logs(owner, path):
+            whole = file.resolve()
+            # A resumed W&B run has a folder for each of its parts, side by side; the id, the file's name, is the same.
+            same = (whole.parent.parent, whole.name) if file.match(FILES) else (whole,)
+            files = found.setdefault((group, *same), (number, []))[1]
+            if whole not in [other.resolve() for other in files]:
+                files.append(file)
+    read: list[tuple[int, Run]] = []
+    lost: list[ValueError | ImportError] = []
+    for (group, *_), (number, files) in found.items():
+        try:
+            read.append((number, _read(owner, sorted(files, key=_by_name), group, lost)))
+        except (ImportError, ValueError) as error:
+            lost.append(error)
+    # Of two W&B runs of one second the folders say no order.
+    read.sort(key=lambda each: (each[0], each[1].offline, natural(each[1].name) if each[1].offline else []))
+    return [run for _, run in read], lost
 
 
-def _logs(owner: str, path: Path) -> list[list[Path]]:
-    """The files of each run that a path leads to: CSV logs, then W&B runs."""
+def _logs(owner: str, path: Path) -> list[Path]:
+    """The files that a path leads to: CSV logs, then those of W&B."""
     if not path.exists():
         raise ValueError(message(owner, "runs", "paths that exist", str(path), WHERE))
     if path.is_file():
-        return [[path]]
-    # A resumed W&B run has a folder for each of its parts; the id, which both names end with, is the same.
-    parts: dict[str, list[Path]] = {}
-    for file in _below(path, FILES):
-        parts.setdefault(file.stem, []).append(file)
-    found = [[table] for table in _below(path, "metrics.csv")] + list(parts.values())
+        return [path]
+    found = [*_below(path, "metrics.csv"), *_below(path, FILES)]
     if not found:
         raise ValueError(message(owner, "runs", "folders with a log", str(path), WHERE))
     return found
 
 
+def _by_name(path: Path) -> list[tuple[int, int, str]]:
+    return natural(str(path))
+
+
 def _below(folder: Path, pattern: str) -> list[Path]:
     # Links below the folder are not followed: W&B's latest-run would be there twice.
     found = {path.resolve(): path for path in folder.rglob(pattern)}
-    return sorted(found.values(), key=lambda path: natural(str(path)))
+    return sorted(found.values(), key=_by_name)
 
 
-def _read(owner: str, files: Sequence[Path], group: str | None) -> Run:
+def _read(owner: str, files: Sequence[Path], group: str | None, lost: list[ValueError | ImportError]) -> Run:
+    """A run from its file, or the parts of it that can be read; why others cannot be is added to what is lost."""
     path = files[0]
     if path.match(FILES):
-        return _read_offline(owner, files, group)
+        return _read_offline(owner, files, group, lost)
     table = read_table(owner, path)
     series, words = _numbers(table.columns)
     notes = (*table.notes, *(f"{path}: {word}" for word in words))
     return Run(path.parent.absolute().name, path.parent, series, table.settings, group, notes)
 
 
-def _read_offline(owner: str, files: Sequence[Path], group: str | None) -> Run:
-    parts, lost = [], []
+def _read_offline(owner: str, files: Sequence[Path], group: str | None, lost: list[ValueError | ImportError]) -> Run:
+    parts, damaged = [], []
     for file in files:
         try:
             parts.append((file, read_offline(owner, file)))
         except ValueError as error:
-            lost.append(error)
+            damaged.append(error)
     if not parts:
-        raise lost[0]
-    notes = _left_out(owner, lost)
+        raise damaged[0]
+    lost += damaged
+    notes = []
     for file, part in parts:
         if part.cut_off:
             notes.append(f"{file}: the run is not finished or was killed; what it had written by then is shown.")
@@ -166,23 +182,17 @@ def _read_offline(owner: str, files: Sequence[Path], group: str | None) -> Run:
     return Run(name, parts[-1][0].parent, series, settings, group, tuple(notes), offline=True)
 
 
-def _left_out(owner: str, errors: Sequence[Exception]) -> list[str]:
-    """A sentence on each log that could not be read, which a warning says too."""
-    notes = [f"Left out: {str(error).removeprefix(f'{owner}: ')}" for error in errors]
-    if notes:
-        warnings.warn("\n".join(f"{owner}: {note}" for note in notes), stacklevel=5)
-    return notes
-
-
 def _same_training(run: Run, other: Run) -> bool:
     """Whether a W&B run and a CSV log are of one training: all values that both have are equal, and there are some.
 
-    Both write numbers in full. Settings that name different seeds are of different trainings, whatever was logged.
+    Both write numbers in full. Rates and what is not finite may be equal in different trainings, and do not count; nor
+    does anything where settings differ.
     """
     if not run.offline or other.offline or run.group != other.group:
         return False
-    known = seeds(other.settings)
-    if any(known.get(name, value) != value for name, value in seeds(run.settings).items()):
+    known = flatten(other.settings)
+    settings = {name: value for name, value in flatten(run.settings).items() if known.get(name, value) != value}
+    if any(WORDS.fullmatch(value) and WORDS.fullmatch(known[name]) for name, value in settings.items()):
         return False
     keys = sorted(run.series.keys() & other.series.keys(), key=lambda key: len(run.series[key]))  # the quick ones first
     found = False
@@ -191,7 +201,7 @@ def _same_training(run: Run, other: Run) -> bool:
         for step in ours.keys() & theirs.keys():
             if ours[step] != theirs[step] and not (math.isnan(ours[step]) and math.isnan(theirs[step])):
                 return False
-            found = True
+            found = found or (math.isfinite(ours[step]) and not is_rate(key))
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from lightning_tricks.functional.checks import check_numbers, message
 from lightning_tricks.functional.metric_names import better
-from lightning_tricks.reports.runs import Run, Series, natural
+from lightning_tricks.reports.runs import Run, Series, is_rate, natural
 
 Mode = Literal["min", "max"]
 
@@ -78,7 +78,7 @@ def quantity(key: str) -> str | None:
     first, _, rest = key.partition("/")
     if rest and (first in QUANTITIES or first == "event"):
         return first
-    return "lr" if re.match(r"(lr|learning_rate)([-_/]|$)", key) and better(key) is None else None
+    return "lr" if is_rate(key) else None
 
 
 def schedule_keys(runs: Sequence[Run]) -> list[str]:
@@ -207,7 +207,7 @@ def with_spread(values: Sequence[float]) -> str:
         if deviation == 0:
             return f"{short(mean)} ± 0"
         decimals = 1 - math.floor(math.log10(deviation))
-        mean, deviation = round(mean, decimals), round(deviation, decimals)
+        mean, deviation = round(mean, decimals) + 0.0, round(deviation, decimals)  # without -0
     except OverflowError:  # of numbers around 1e308
         return ", ".join(map(short, values))
     style = f".{decimals}f" if 0 <= decimals <= 6 else ".15g"
