@@ -190,7 +190,8 @@ def describe_trick(trick: Trick) -> dict[str, Any]:
         if isinstance(callback, (PostHocEMA, SnapshotEnsemble)) and callback.directory is not None:
             fix = "Leave it out: each trial has its own"
             raise ValueError(message("ablate", f"{type(callback).__name__}.directory", "None", callback.directory, fix))
-    return {"callbacks": list(map(_shown, made)), "fingerprint": " ".join(map(_whole, made))}
+    compared = " ".join(map(_whole, made))  # first: it refuses what cannot be shown
+    return {"callbacks": list(map(_shown, made)), "fingerprint": compared}
 
 
 def find_fingerprint(name: str, item: Any) -> str:
@@ -204,7 +205,7 @@ def find_fingerprint(name: str, item: Any) -> str:
     """
     try:
         return fingerprint(item)
-    except (TypeError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         fix = "Make what cannot be pickled inside of the function or of its hooks, or give the callback `settings`"
         raise TypeError(message("ablate", name, "made of what a later call can compare", f"{error}", fix)) from error
 
