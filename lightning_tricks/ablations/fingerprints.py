@@ -215,15 +215,14 @@ def _of_function(item: FunctionType) -> tuple[Any, ...]:
     own = vars(item)
     if "__wrapped__" in own and item.__globals__.get("__name__") in REMEMBER:
         return item.__code__.co_name, own["__wrapped__"], own.get("registry")
-    cells = tuple(
-        cell.cell_contents for cell in item.__closure__ or () if cell != CellType()
-    )  # an empty one holds none
+    filled = (cell for cell in item.__closure__ or () if cell != CellType())  # an empty one holds none
+    cells = tuple(cell.cell_contents for cell in filled)
     return full_name(item), item.__code__, item.__defaults__, item.__kwdefaults__, cells, _counted(own)
 
 
 def _steps(code: CodeType) -> tuple[Any, ...]:
     """What it does and how it is called, and neither where it stands nor what is said of it."""
-    steps = list(_without_names_of_place([step for step in dis.get_instructions(code) if step.opname not in SILENT]))
+    steps = list(_unsaid([step for step in dis.get_instructions(code) if step.opname not in SILENT]))
     offsets = [step.offset for step in steps]
     found = []
     for step in steps:
@@ -235,10 +234,10 @@ def _steps(code: CodeType) -> tuple[Any, ...]:
     return (*called, code.co_varnames, tuple(found), tuple(_caught(code, offsets)))
 
 
-def _without_names_of_place(steps: list[dis.Instruction]) -> Iterator[dis.Instruction]:
-    """Less what a class's body says of itself: the value is loaded, and stored by the next instruction."""
+def _unsaid(steps: list[dis.Instruction]) -> Iterator[dis.Instruction]:
+    """Less what the body of a class says of itself: one loads it, and the next stores it."""
     said = [step.opname == "STORE_NAME" and step.argval in ("__doc__", "__firstlineno__") for step in steps]
-    yield from (step for step, here, next_ in zip(steps, said, [*said[1:], False], strict=True) if not (here or next_))
+    yield from (step for step, *pair in zip(steps, said, [*said[1:], False], strict=True) if not any(pair))
 
 
 def _caught(code: CodeType, offsets: list[int]) -> Iterator[tuple[int, ...]]:
@@ -251,13 +250,12 @@ def _caught(code: CodeType, offsets: list[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _members(kind: type) -> tuple[Any, ...]:
-    """What a class itself defines, less what Python keeps there for itself."""
-    inherited = [vars(base) for base in kind.__mro__[1:]]
-    mine = {
-        name: member
-        for name, member in vars(kind).items()
-        if name != "_abc_impl" and not any(name in base and base[name] is member for base in inherited)
-    }
+    """What a class itself defines, less what Python keeps there, such as the `__init__` that a Protocol inherits."""
+
+    def inherits(name: str, member: Any) -> bool:
+        return _acts(member) and any(vars(base).get(name) is member for base in kind.__mro__[1:])
+
+    mine = {name: member for name, member in vars(kind).items() if name != "_abc_impl" and not inherits(name, member)}
     if issubclass(kind, enum.Enum):
         mine = {name: member for name, member in mine.items() if not name.startswith("_") or _acts(member)}
         return _counted(mine | {name: member.value for name, member in kind.__members__.items()})
