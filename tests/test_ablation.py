@@ -802,13 +802,13 @@ def test_every_trial_is_a_run_of_the_group_in_wandb(study, tmp_path):
 def test_other_settings_in_the_same_folder_are_refused(study):
     ablate(study.build, study.tricks, **ONE, seeds=1)
     other = {"helps": study.Help(2.0), "draws": study.Draw()}
-    with pytest.raises(ValueError, match=r"^ablate: tricks must be what it was for the trials.*helps-seed0"):
+    with pytest.raises(ValueError, match=r"^ablate: tricks must be what .*, got \['helps'\]. It or.*helps-seed0"):
         ablate(study.build, other, **ONE, seeds=1)
     ablate(study.build, {"EMA": lt.EMA(lt.HalfLife("1ep"))}, **ONE, seeds=1, folder="decay")
     ablate(study.build, {"EMA": lt.EMA(lt.HalfLife("1ep"))}, **ONE, seeds=1, folder="decay")
     with pytest.raises(ValueError, match="^ablate: tricks must be what it was"):
         ablate(study.build, {"EMA": lt.EMA(lt.HalfLife("2ep"))}, **ONE, seeds=1, folder="decay")
-    with pytest.raises(ValueError, match="^ablate: build must be what it was"):
+    with pytest.raises(ValueError, match="^ablate: build must be what it was .*, got 'another one'. It or what it"):
         ablate(lambda *given: study.build(*given), study.tricks, **ONE, seeds=1)
 
 
@@ -1006,7 +1006,9 @@ CHANGED = {
     "keyword": ("def build(f): return f(a=1)", "a=1", "b=1"),
     "keyword only": ("def build(a=1): return a", "a=1", "*, a=1"),
     "position only": ("def build(a): return a", "a)", "a, /)"),
-    "many": ("def build(a): return 1", "(a)", "(*a)"),
+    "many": ("def build(*a): return 1", "*a", "**a"),
+    "argument": ("def build(a):\n    b = a", "(a)", "(a, b)"),
+    "argument by its name": ("def build(a):\n    b = a", "(a)", "(a, *, b)"),
     "name of an argument": ("def build(a): return 1", "(a)", "(b)"),
     "generator": ("def build(): return 1", "(): ", "():\n    if 0: yield\n    "),
     "what is tried": (
@@ -1014,7 +1016,11 @@ CHANGED = {
         "    f()\n    try:\n",
         "    try:\n        f()\n",
     ),
-    "where it jumps": ("def build(x):\n    if x:\n        x()\n    x()", "\n    x()", "\n        x()"),
+    "where it jumps": (
+        "def build(x):\n    if x:\n        x()\n    x(1)\n    return x(2)",
+        "\n    x(1)",
+        "\n        x(1)",
+    ),
     "set": ("def build(x): return x in {1, 2}", "2}", "3}"),
     "enum": ("class A(enum.Enum):\n    a = functools.partial(int, 1)\ndef build(x=A.a): return x", "1)", "2)"),
     "enum of a class": ("class A(enum.Enum):\n    a = 1\ndef build(): return A", "1", "2"),
@@ -1128,12 +1134,12 @@ print(fingerprint([build, Net, Act.RELU, Net.forward, score, functools.lru_cache
 """
 
 
+@pytest.mark.slow
 def test_every_way_to_start_a_file_gives_the_same(study):
     Path("anywhere.py").write_text(OF_ANY_PROCESS)
     found = [
         subprocess.run([sys.executable, *how], check=True, env=environment(), capture_output=True, text=True).stdout
         for how in (
-            ["anywhere.py"],
             ["-OO", "anywhere.py"],
             ["-c", "import anywhere"],
             ["-m", "cProfile", "anywhere.py"],
@@ -1431,6 +1437,12 @@ def test_the_shell_takes_seeds_as_a_list(study, capsys):
     assert "argument --seeds: invalid seeds value: '0;7'" in capsys.readouterr().err
 
 
+def test_the_shell_lists_all_trials_or_trains_some(study, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["ablate", "study.py:build", "--list", "--trial", "all-seed0"])
+    assert "--list must be without --trial, got ['all-seed0']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("missing", ["--metric", "--mode"])
 def test_the_shell_says_that_a_training_needs_metric_and_mode(study, capsys, missing):
     given = {"--metric": "val/score", "--mode": "max"}
@@ -1445,6 +1457,16 @@ def test_a_reader_that_has_read_enough_is_no_error(study):
     command = f"{sys.executable} -m lightning_tricks ablate {options} | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("baseline-seed0\n0\n", "")
+
+
+def test_a_pipe_that_broke_elsewhere_is_an_error(monkeypatch, capsys):
+    def broken(*given):
+        raise BrokenPipeError("the worker has gone")
+
+    monkeypatch.setattr("lightning_tricks.__main__.draw", broken)
+    with pytest.raises(SystemExit, match="2"):
+        main(["schedule", "Cosine()", "--steps", "10"])
+    assert "the worker has gone" in capsys.readouterr().err
 
 
 OF_A_SCRIPT = """
@@ -1517,6 +1539,13 @@ def test_long_names_leave_the_forest_plot_its_width_and_its_ticks_apart():
     names = [name.get_window_extent() for name in axes.get_yticklabels()]
     assert all(one.y0 > other.y1 for one, other in itertools.pairwise(names))
     assert len({name.get_text() for name in axes.get_yticklabels()}) == 3
+
+
+def test_foreign_names_have_letters_in_the_forest_plot():
+    effect = Effect((0.1,), (-0.4, 0.05), 0.0, None, None)
+    figure = forest(Ablation("val/loss", "max", "full", results={}, effects={"損失": effect}))
+    figure.draw_without_rendering()  # which warns of a letter that is not in its font
+    assert [name.get_text() for name in figure.axes[0].get_yticklabels()] == [r"\u640d\u5931"]
 
 
 def test_what_helps_is_not_shown_as_0():

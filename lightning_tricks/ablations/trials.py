@@ -86,12 +86,11 @@ class Plan:
             return None
         stored = _stored(path)
         for key, value in self.settings(trial).items():
-            other = stored["settings"].get(key)
-            if _fingerprints(other) != _fingerprints(value) if key == "tricks" else other != value:
+            changed = _changed(key, value, stored["settings"].get(key))
+            if changed:
                 fix = f"It or what it calls has changed since {trial} was trained"
                 fix = f"{fix}: give another folder, or delete {path.parent}"
-                got = f"{value!r} beside {other!r}"
-                raise ValueError(message("ablate", key, "what it was for the trials in the folder", got, fix))
+                raise ValueError(message("ablate", key, "what it was for the trials in the folder", changed, fix))
         return stored
 
     def result(self, stored: Mapping[str, Any]) -> Result | None:
@@ -146,6 +145,14 @@ def _is_whole(stored: Mapping[str, Any]) -> bool:
 def _fingerprints(tricks: Mapping[str, Any]) -> dict[str, str]:
     """What of tricks is compared; the rest is there to be read."""
     return {name: trick["fingerprint"] for name, trick in tricks.items()}
+
+
+def _changed(key: str, value: Any, other: Any) -> Any:
+    """What of a setting is another one, in words; nothing if all is the same."""
+    if key == "tricks":
+        now, then = _fingerprints(value), _fingerprints(other)
+        return [name for name in {**now, **then} if now.get(name) != then.get(name)]
+    return value != other and ("another one" if key == "build" else value)
 
 
 def trial_id(variant: str, seed: int) -> str:
