@@ -12,7 +12,7 @@ from lightning_tricks.reports import report
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; what is wrong with its arguments is said as argparse says it."""
+    """Run a command and print what it says; what is wrong with its arguments is said as argparse says it."""
     parser = argparse.ArgumentParser(prog="python -m lightning_tricks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     schedule = commands.add_parser("schedule", help="draw a schedule", description="Draw a schedule.")
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     page.add_argument("--group", help="setting whose values make groups; without it, equal settings but for seeds")
     page.add_argument("--title", default="Training report", help="title of the page")
     page.set_defaults(
-        run=lambda given: print(report(given.runs, given.out, group=given.group, title=given.title)), parser=page
+        run=lambda given: report(given.runs, given.out, group=given.group, title=given.title), parser=page
     )
     words = "Train with and without each trick, and say what each does and costs."
     ablation = commands.add_parser("ablate", help="train with and without each trick", description=words)
@@ -37,23 +37,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ablation.set_defaults(run=command.run, parser=ablation)
     given = parser.parse_args(arguments)
     try:
-        given.run(given)
-        sys.stdout.flush()
-    except BrokenPipeError:  # of `| head`, which has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so once more at its end
+        _say(given.run(given))
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         given.parser.error(str(error))
 
 
-def draw(text: str, total_steps: int, steps_per_epoch: int | None, png: str | None) -> None:
-    """Draw the schedule that a text describes, in a file or in the terminal."""
+def _say(found: object) -> None:
+    """Print what a command came to, if that is anything."""
+    if found is None:
+        return
+    try:
+        print(found, flush=True)
+    except BrokenPipeError:  # of `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says so once more at its end
+
+
+def draw(text: str, total_steps: int, steps_per_epoch: int | None, png: str | None) -> str | None:
+    """Draw the schedule that a text describes, in a file or in the text that is returned."""
     schedule = parse(text)
     if png is not None:
         plot_schedule(schedule, total_steps, steps_per_epoch).savefig(png, format="png")
-        return
+        return None
     steps, factors = sample_schedule("schedule", schedule, total_steps, steps_per_epoch)
-    print(f"{schedule!r}, {total_steps} optimizer steps\n\n{text_picture(factors)}")
-    print(f"         {'step 0':<36}{f'step {steps[-1]}':>36}")
+    picture = f"{schedule!r}, {total_steps} optimizer steps\n\n{text_picture(factors)}"
+    return f"{picture}\n         {'step 0':<36}{f'step {steps[-1]}':>36}"
 
 
 if __name__ == "__main__":

@@ -802,13 +802,13 @@ def test_every_trial_is_a_run_of_the_group_in_wandb(study, tmp_path):
 def test_other_settings_in_the_same_folder_are_refused(study):
     ablate(study.build, study.tricks, **ONE, seeds=1)
     other = {"helps": study.Help(2.0), "draws": study.Draw()}
-    with pytest.raises(ValueError, match=r"^ablate: tricks must be what it was for the trials.*helps-seed0"):
+    with pytest.raises(ValueError, match=r"^ablate: tricks must be what .*, got \['helps'\]. It or.*helps-seed0"):
         ablate(study.build, other, **ONE, seeds=1)
     ablate(study.build, {"EMA": lt.EMA(lt.HalfLife("1ep"))}, **ONE, seeds=1, folder="decay")
     ablate(study.build, {"EMA": lt.EMA(lt.HalfLife("1ep"))}, **ONE, seeds=1, folder="decay")
     with pytest.raises(ValueError, match="^ablate: tricks must be what it was"):
         ablate(study.build, {"EMA": lt.EMA(lt.HalfLife("2ep"))}, **ONE, seeds=1, folder="decay")
-    with pytest.raises(ValueError, match="^ablate: build must be what it was"):
+    with pytest.raises(ValueError, match="^ablate: build must be what it was .*, got 'another one'. It or what it"):
         ablate(lambda *given: study.build(*given), study.tricks, **ONE, seeds=1)
 
 
@@ -976,6 +976,210 @@ def test_an_edit_of_the_file_while_it_trains_changes_no_result(study):
     for _ in range(2):
         ablate(build, {"rate": lt.LRSchedule(edited.rate, replace=True), "own": edited.Own()}, **ONE, seeds=1)
     assert file.read_text().count("moved_by") == 6 * 40  # three rehearsed, three trained, none of them again
+
+
+def typed_build(text):
+    """The function that a text defines, as a shell or a notebook does."""
+    names = {"__name__": "typed"}
+    exec("import functools, enum, logging, re, torch, typing\n" + text, names)
+    return names["build"]
+
+
+UNCHANGED = {
+    "docstring": ("def build():\n    'a'\n    return 1", "'a'", "'b'"),
+    "new docstring": ("def build():\n    return 1", "    return", "    'a'\n    return"),
+    "docstring of a class": ("class A:\n    'a'\ndef build(): return A()", "'a'", "'b'"),
+    "new docstring of a class inside": ("def build():\n    class A:\n        x = 1", "    x", "    'a'\n        x"),
+    "docstring of what is wrapped": (
+        "class D:\n    def __init__(self, f): functools.update_wrapper(self, f)\n"
+        "@D\ndef f():\n    'a'\ndef build(f=f): pass",
+        "'a'",
+        "'b'",
+    ),
+    "split line": ("def build(s):\n    return s.a(1).b(2)", "s.a(1).b(2)", "(s\n    .a(1)\n    .b(2))"),
+    "split loop": ("def build(s):\n    while True: s()", "True: s", "True:\n        s"),
+    "split try": ("def build(s):\n    try: s()\n    except OSError: pass", "try: s", "try:\n        s"),
+}
+CHANGED = {
+    "attribute": ("def build(x): return x.a", "x.a", "x.b"),
+    "global name": ("def build(x): return torch.optim.SGD(x)", "SGD", "Adam"),
+    "keyword": ("def build(f): return f(a=1)", "a=1", "b=1"),
+    "keyword only": ("def build(a=1): return a", "a=1", "*, a=1"),
+    "position only": ("def build(a): return a", "a)", "a, /)"),
+    "many": ("def build(*a): return 1", "*a", "**a"),
+    "argument": ("def build(a):\n    b = a", "(a)", "(a, b)"),
+    "argument by its name": ("def build(a):\n    b = a", "(a)", "(a, *, b)"),
+    "name of an argument": ("def build(a): return 1", "(a)", "(b)"),
+    "generator": ("def build(): return 1", "(): ", "():\n    if 0: yield\n    "),
+    "what is tried": (
+        "def build(f, g):\n    f()\n    try:\n        g()\n    except OSError: pass",
+        "    f()\n    try:\n",
+        "    try:\n        f()\n",
+    ),
+    "where it jumps": (
+        "def build(x):\n    if x:\n        x()\n    x(1)\n    return x(2)",
+        "\n    x(1)",
+        "\n        x(1)",
+    ),
+    "set": ("def build(x): return x in {1, 2}", "2}", "3}"),
+    "enum": ("class A(enum.Enum):\n    a = functools.partial(int, 1)\ndef build(x=A.a): return x", "1)", "2)"),
+    "enum of a class": ("class A(enum.Enum):\n    a = 1\ndef build(): return A", "1", "2"),
+    "partial": ("def f(x): return 1\ng = functools.partial(f, 2)\ndef build(): return g()", "return 1", "return 3"),
+    "wrapper": (
+        "class D:\n    def __init__(self, f): functools.update_wrapper(self, f)\n"
+        "    def __call__(self): return 1\n@D\ndef f(): pass\ndef build(): return f()",
+        "return 1",
+        "return 2",
+    ),
+    "held function": (
+        "class D:\n    def __init__(self, f): self.f = f\n    def __call__(self): return self.f()\n"
+        "@D\ndef f(): return 1\ndef build(): return f()",
+        "return 1",
+        "return 2",
+    ),
+    "bound method": ("class A:\n    def f(self): return 1\nm = A().f\ndef build(): return m()", "1", "2"),
+    "class method": ("class A:\n    @classmethod\n    def f(c): return 1\nm = A.f\ndef build(): m()", "1", "2"),
+    "static method": ("@staticmethod\ndef f(): return 1\ndef build(): return f()", "1", "2"),
+    "partial __call__": (
+        "class A:\n    def f(self, x): pass\n    __call__ = functools.partialmethod(f, 1)\ndef build(): A()()",
+        "1",
+        "2",
+    ),
+    "cached __call__": (
+        "class A:\n    @functools.lru_cache\n    def __call__(s): return 1\ndef build(): A()",
+        "1",
+        "2",
+    ),
+    "metaclass": (
+        "class T(type):\n    def __call__(c): return 1\nclass A(metaclass=T): pass\ndef build(): A()",
+        "1",
+        "2",
+    ),
+    "base of a library": ("class A(torch.nn.ReLU): pass\ndef build(): A()", "nn.ReLU", "nn.SiLU"),
+    "pattern of a class": ("class A:\n    p = re.compile('a')\ndef build(): A()", "'a'", "'b'"),
+    "pattern as default": ("def f(p=re.compile('a')): pass\ndef build(): f()", "'a'", "'b'"),
+    "compiled": ("@torch.compile(backend='eager')\ndef f(): return 1\ndef build(): f()", "1", "2"),
+    "one of several": (
+        "@functools.singledispatch\ndef f(x): return 1\n@f.register(int)\ndef _(x): return 2\ndef build(): f(3)",
+        "return 2",
+        "return 4",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNCHANGED)
+def test_what_is_said_of_code_and_how_it_is_laid_out_may_change(case):
+    text, old, new = UNCHANGED[case]
+    assert old in text
+    assert fingerprint(typed_build(text)) == fingerprint(typed_build(text.replace(old, new)))
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_code_does_must_be_as_it_was(case):
+    text, old, new = CHANGED[case]
+    assert fingerprint(typed_build(text)) == fingerprint(typed_build(text))
+    assert fingerprint(typed_build(text)) != fingerprint(typed_build(text.replace(old, new)))
+
+
+USED = {
+    "dispatched": "@functools.singledispatch\ndef f(x): return x\ndef build(): return f(3)",
+    "flag": "class F(enum.Flag):\n    A = 1\n    B = 2\ndef build(): return F.A | F.B",
+    "protocol": "class P(typing.Protocol): pass\nclass A(P, torch.nn.Module): pass\ndef build(): return A()",
+    "compiled": "@torch.compile(backend='eager')\ndef f(x): return x + 1\ndef build(): return f(torch.zeros(2))",
+    "called object": "class A:\n    n = 0\n    def __call__(self): self.n += 1\na = A()\ndef build(): a()",
+}
+
+
+@pytest.mark.parametrize("case", USED)
+def test_use_changes_nothing(case):
+    build = typed_build(USED[case])
+    before = fingerprint(build)
+    build()
+    assert fingerprint(build) == before
+
+
+OF_ANY_PROCESS = """
+import enum, functools, logging, sys
+import torch
+from lightning_tricks.ablations.fingerprints import fingerprint
+
+class Act(enum.Enum):
+    RELU = functools.partial(torch.relu)
+
+class Net(torch.nn.Module):
+    'Said.'
+    log, act = logging.getLogger(__name__), Act.RELU
+
+    @torch.compile(backend='eager')
+    def forward(self, x):
+        'Said.'
+        return self.act.value(x)
+
+class Call:
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+
+@Call
+def call():
+    return Act.RELU
+
+@torch.compile(backend='eager')
+def score(x):
+    return Net()(x)
+
+def build(act=Act.RELU, call=call):
+    return score(act)
+
+print(fingerprint([build, Net, Act.RELU, Net.forward, score, functools.lru_cache(build)]))
+"""
+
+
+@pytest.mark.slow
+def test_every_way_to_start_a_file_gives_the_same(study):
+    Path("anywhere.py").write_text(OF_ANY_PROCESS)
+    found = [
+        subprocess.run([sys.executable, *how], check=True, env=environment(), capture_output=True, text=True).stdout
+        for how in (
+            ["-OO", "anywhere.py"],
+            ["-c", "import anywhere"],
+            ["-m", "cProfile", "anywhere.py"],
+        )
+    ]
+    assert len({text.splitlines()[0] for text in found}) == 1
+
+
+def test_what_pickle_takes_through_its_table_is_told_apart():
+    items = [re.compile("a"), re.compile("b"), np.sin, np.cos, int | str, int | None]
+    assert len(set(map(fingerprint, items))) == len(items)
+
+
+class Node:
+    def __init__(self, near):
+        self.near = near
+
+
+def chain(length):
+    node = Node([length])
+    for _ in range(1000):
+        node = Node([node, node])
+    return node
+
+
+def ring(last):
+    nodes = [Node(number) for number in range(29)] + [Node(last)]
+    for node in nodes:
+        node.near = [node.near, *nodes]
+    return nodes[0]
+
+
+@pytest.mark.parametrize("make", [chain, ring])
+def test_objects_that_refer_to_each_other_are_walked_once(make):
+    assert fingerprint(make(1)) == fingerprint(make(1)) != fingerprint(make(2))
+
+
+def test_a_number_of_thousands_of_digits_is_refused():
+    with pytest.raises(TypeError, match="^ablate: tricks must be made of what a later call can compare"):
+        describe_trick(Holds(10**5000))
 
 
 class Places(Callback):
@@ -1233,6 +1437,12 @@ def test_the_shell_takes_seeds_as_a_list(study, capsys):
     assert "argument --seeds: invalid seeds value: '0;7'" in capsys.readouterr().err
 
 
+def test_the_shell_lists_all_trials_or_trains_some(study, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["ablate", "study.py:build", "--list", "--trial", "all-seed0"])
+    assert "--list must be without --trial, got ['all-seed0']" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("missing", ["--metric", "--mode"])
 def test_the_shell_says_that_a_training_needs_metric_and_mode(study, capsys, missing):
     given = {"--metric": "val/score", "--mode": "max"}
@@ -1247,6 +1457,16 @@ def test_a_reader_that_has_read_enough_is_no_error(study):
     command = f"{sys.executable} -m lightning_tricks ablate {options} | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("baseline-seed0\n0\n", "")
+
+
+def test_a_pipe_that_broke_elsewhere_is_an_error(monkeypatch, capsys):
+    def broken(*given):
+        raise BrokenPipeError("the worker has gone")
+
+    monkeypatch.setattr("lightning_tricks.__main__.draw", broken)
+    with pytest.raises(SystemExit, match="2"):
+        main(["schedule", "Cosine()", "--steps", "10"])
+    assert "the worker has gone" in capsys.readouterr().err
 
 
 OF_A_SCRIPT = """
@@ -1319,6 +1539,13 @@ def test_long_names_leave_the_forest_plot_its_width_and_its_ticks_apart():
     names = [name.get_window_extent() for name in axes.get_yticklabels()]
     assert all(one.y0 > other.y1 for one, other in itertools.pairwise(names))
     assert len({name.get_text() for name in axes.get_yticklabels()}) == 3
+
+
+def test_foreign_names_have_letters_in_the_forest_plot():
+    effect = Effect((0.1,), (-0.4, 0.05), 0.0, None, None)
+    figure = forest(Ablation("val/loss", "max", "full", results={}, effects={"損失": effect}))
+    figure.draw_without_rendering()  # which warns of a letter that is not in its font
+    assert [name.get_text() for name in figure.axes[0].get_yticklabels()] == [r"\u640d\u5931"]
 
 
 def test_what_helps_is_not_shown_as_0():

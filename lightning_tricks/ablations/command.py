@@ -44,11 +44,13 @@ def seeds(text: str) -> int | list[int]:
     return [int(seed) for seed in text.removesuffix(",").split(",")] if "," in text else int(text)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> str:
     """Do what the options say.
 
     Args:
         options: as parsed.
+    Returns:
+        What there is to print.
     Raises:
         TypeError, ValueError, RuntimeError, ImportError, OSError: as `ablate` does; no such file or name in it.
     """
@@ -56,10 +58,12 @@ def run(options: argparse.Namespace) -> None:
     if not file or not name:
         fix = "Such as train.py:build"
         raise ValueError(message("ablate", "FILE:build", "a Python file, ':' and a function in it", options.build, fix))
+    if options.list and options.trial:
+        fix = "Leave one of them out: it prints the ids, and trains none"
+        raise ValueError(message("ablate", "--list", "without --trial", options.trial, fix))
     found = _names(Path(file), name, options.tricks)
     if options.list:
-        print("\n".join(trial_ids(found[options.tricks], options.seeds, options.design)))
-        return
+        return "\n".join(trial_ids(found[options.tricks], options.seeds, options.design))
     ablation = ablate(
         found[name],
         found[options.tricks],
@@ -74,9 +78,8 @@ def run(options: argparse.Namespace) -> None:
         trials=options.trial,
     )
     if ablation.unfinished and options.trial:
-        print(f"{sum(map(len, ablation.results.values()))} finished, {len(ablation.unfinished)} unfinished.")
-    else:
-        print(ablation)
+        return f"{sum(map(len, ablation.results.values()))} finished, {len(ablation.unfinished)} unfinished."
+    return str(ablation)
 
 
 def _names(file: Path, *names: str) -> dict[str, Any]:

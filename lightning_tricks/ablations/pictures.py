@@ -50,7 +50,8 @@ def forest(ablation: Ablation) -> "Figure":
 
 def _short(name: str) -> str:
     """A name in two lines at most, so that the plot keeps its width; the table has all of it."""
-    return fill(name if len(name) <= 44 else f"{name[:19]}...{name[-22:]}", 22, break_on_hyphens=False)
+    text = plain(name)
+    return fill(text if len(text) <= 44 else f"{text[:19]}...{text[-22:]}", 22, break_on_hyphens=False)
 
 
 def answer(ablation: Ablation, png: bytes) -> tuple[str, str]:

@@ -68,8 +68,9 @@ def ablate(
     (a trial that was in the middle begins anew). Afterwards `folder` has `table.md`, `forest.png`, `report.html` and a
     CSV log for each trial. A folder whose trials had other tricks or another `build` is refused, and so is one after a
     change of the functions and classes that these call by their names, if they are in the same file. Global values and
-    what other files define are not compared: after a change there, give another folder. An edit of the file while it
-    trains counts for the next call only.
+    what other files define are not compared: after a change there, give another folder. What their calls fill, such as
+    a default or a class, is another one for the next call of the process. An edit of the file while it trains counts
+    for the next call only.
 
     Args:
         build: (seed, callbacks, logger) -> (trainer, module, train_loader, val_loader, test_loader), or one datamodule

@@ -86,12 +86,11 @@ class Plan:
             return None
         stored = _stored(path)
         for key, value in self.settings(trial).items():
-            other = stored["settings"].get(key)
-            if _fingerprints(other) != _fingerprints(value) if key == "tricks" else other != value:
+            changed = _changed(key, value, stored["settings"].get(key))
+            if changed:
                 fix = f"It or what it calls has changed since {trial} was trained"
                 fix = f"{fix}: give another folder, or delete {path.parent}"
-                got = f"{value!r} beside {other!r}"
-                raise ValueError(message("ablate", key, "what it was for the trials in the folder", got, fix))
+                raise ValueError(message("ablate", key, "what it was for the trials in the folder", changed, fix))
         return stored
 
     def result(self, stored: Mapping[str, Any]) -> Result | None:
@@ -148,6 +147,14 @@ def _fingerprints(tricks: Mapping[str, Any]) -> dict[str, str]:
     return {name: trick["fingerprint"] for name, trick in tricks.items()}
 
 
+def _changed(key: str, value: Any, other: Any) -> Any:
+    """What of a setting is another one, in words; nothing if all is the same."""
+    if key == "tricks":
+        now, then = _fingerprints(value), _fingerprints(other)
+        return [name for name in {**now, **then} if now.get(name) != then.get(name)]
+    return value != other and ("another one" if key == "build" else value)
+
+
 def trial_id(variant: str, seed: int) -> str:
     """The name of a trial, of its folder and of its run."""
     return f"{variant}-seed{seed}"
@@ -190,7 +197,8 @@ def describe_trick(trick: Trick) -> dict[str, Any]:
         if isinstance(callback, (PostHocEMA, SnapshotEnsemble)) and callback.directory is not None:
             fix = "Leave it out: each trial has its own"
             raise ValueError(message("ablate", f"{type(callback).__name__}.directory", "None", callback.directory, fix))
-    return {"callbacks": list(map(_shown, made)), "fingerprint": " ".join(map(_whole, made))}
+    compared = " ".join(map(_whole, made))  # first: it refuses what cannot be shown
+    return {"callbacks": list(map(_shown, made)), "fingerprint": compared}
 
 
 def find_fingerprint(name: str, item: Any) -> str:
@@ -204,7 +212,7 @@ def find_fingerprint(name: str, item: Any) -> str:
     """
     try:
         return fingerprint(item)
-    except (TypeError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         fix = "Make what cannot be pickled inside of the function or of its hooks, or give the callback `settings`"
         raise TypeError(message("ablate", name, "made of what a later call can compare", f"{error}", fix)) from error
 
