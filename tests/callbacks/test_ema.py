@@ -231,6 +231,7 @@ def test_spectral_norm_behind_a_weight_of_two_tensors_is_refused():
         fit([lt.EMA()], module)
 
 
+@pytest.mark.filterwarnings("ignore:EarlyStopping. mode=")
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.spectral_norm` is deprecated")
 @pytest.mark.parametrize("norm", [parametrized, nn.utils.spectral_norm, scaled_first])
 def test_spectral_norm_normalises_the_average(norm):

@@ -559,6 +559,7 @@ class Named(Net):
         self.log("val/psnr_raw", loss)
 
 
+@pytest.mark.filterwarnings("ignore:EarlyStopping. mode=")
 @pytest.mark.parametrize(
     ("monitor", "which"),
     [

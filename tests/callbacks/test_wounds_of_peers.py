@@ -517,6 +517,7 @@ def test_best_average_is_in_the_best_checkpoint(tmp_path):
 
 
 # rf-detr: #969; after a resume any score is the best.
+@pytest.mark.filterwarnings("ignore:EarlyStopping. mode=")
 def test_best_score_of_the_average_survives_a_resume(tmp_path):
     def best():
         return lt.EarlyStopping("val/loss", mode="max", patience=100, restore_best=True)
