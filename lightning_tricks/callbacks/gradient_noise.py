@@ -85,9 +85,8 @@ class GradientNoise:
         if self._batches > 1:
             return
         if self._accumulation > 1:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    self._see(parameter.grad)
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            self.small = tensor_norms(gradients).square().sum() if gradients else None
         if self.small is not None:
             self.small = self.small * (self._accumulation / scale) ** 2  # Lightning has divided the loss
         self._unhook()
