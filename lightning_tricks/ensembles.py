@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_tricks.functional.checks import check_flag, check_number, message
 from lightning_tricks.functional.ensembling import log_mean_logits, log_mean_probability, log_vote, weighted_average
+from lightning_tricks.functional.modes import in_eval
 from lightning_tricks.functional.slots import weight_slots
 
 MANIFEST = "manifest.json"
@@ -317,14 +318,12 @@ def greedy_soup(
     def score(state: Mapping[str, Tensor]) -> float:
         live = ensemble._live()
         own = [tensor.data for tensor in live]
-        with ExitStack() as undo:
-            undo.callback(_put, own, live)
-            # A metric that estimates the statistics of batch norm anew writes into the copies.
+        try:  # a metric that estimates the statistics of batch norm anew writes into the copies
             _put(_placed([state[name].clone() for name in ensemble._slots], live), live)
-            for part in ensemble.module.modules():
-                undo.callback(setattr, part, "training", part.training)
-                part.training = False  # a module's own train() may keep some as they are
-            value = float(metric(ensemble.module))
+            with in_eval(ensemble.module):
+                value = float(metric(ensemble.module))
+        finally:
+            _put(own, live)
         if not math.isfinite(value):
             raise ValueError(message("greedy_soup", "metric", "finite", value, "Leave broken members out"))
         return value

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_tricks.functional.checks import message
+from lightning_tricks.functional.modes import in_eval
 
 Batch = TypeVar("Batch")
 
@@ -123,9 +124,7 @@ def population_statistics(
             _assign_(layer, part.mean, part.m2 / part.count)  # in eval mode a layer normalises with these
 
     with ExitStack() as undo:
-        for child in module.modules():
-            undo.callback(setattr, child, "training", child.training)
-            child.training = False  # a module's own train() may keep some as they are
+        undo.enter_context(in_eval(module))
         for name, layer in layers.items():
             undo.callback(_assign_, layer, layer.running_mean.clone(), layer.running_var.clone())  # type: ignore[union-attr]
             hook = layer.register_forward_pre_hook(partial(collect, name), with_kwargs=True)
