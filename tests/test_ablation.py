@@ -1334,6 +1334,14 @@ def test_a_damaged_result_is_named(stored, damage):
         call()
 
 
+def test_a_result_of_another_seed_is_refused_also_where_the_trials_is_0(stored):
+    path, text, call = stored
+    content = json.loads(text)
+    path.write_text(json.dumps(content | {"settings": content["settings"] | {"seed": 1}}))
+    with pytest.raises(ValueError, match="^ablate: seed must be what it was for the trials in the folder, got 0"):
+        call()
+
+
 @pytest.mark.parametrize("other", [None, "2 on Python 3.1"])
 def test_a_result_of_another_version_is_not_said_to_have_changed(stored, other):
     path, text, call = stored

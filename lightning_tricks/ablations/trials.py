@@ -87,7 +87,7 @@ class Plan:
         stored = _stored(path)
         for key, value in self.settings(trial).items():
             changed = _changed(key, value, stored["settings"].get(key))
-            if changed:
+            if changed is not None:
                 fix = f"It or what it calls has changed since {trial} was trained"
                 fix = f"{fix}: give another folder, or delete {path.parent}"
                 raise ValueError(message("ablate", key, "what it was for the trials in the folder", changed, fix))
@@ -148,11 +148,11 @@ def _fingerprints(tricks: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _changed(key: str, value: Any, other: Any) -> Any:
-    """What of a setting is another one, in words; nothing if all is the same."""
+    """What of a setting is another one; None if all is the same."""
     if key == "tricks":
         now, then = _fingerprints(value), _fingerprints(other)
-        return [name for name in {**now, **then} if now.get(name) != then.get(name)]
-    return value != other and ("another one" if key == "build" else value)
+        return [name for name in {**now, **then} if now.get(name) != then.get(name)] or None
+    return None if value == other else "another one" if key == "build" else value
 
 
 def trial_id(variant: str, seed: int) -> str:
